@@ -1,0 +1,1 @@
+"""Implementations of the operator. Each module serves one backend; `dispatch` chooses, `ops` calls."""
