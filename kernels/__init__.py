@@ -1,1 +1,1 @@
-"""Triton device code, shipped as ``prefix_fast.kernels``; host code launches it from ``prefix_fast.backends``."""
+"""Triton device code, shipped as ``prefix_fast.kernels``; ``prefix_fast.backends`` launches it."""
