@@ -1,0 +1,56 @@
+"""What every test starts from: no network, fixed seeds, full float32 precision, the threads it was given."""
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports the libraries that read them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores; a test that is about threads sets its own number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts the checkout on sys.path, where our kernels folder shadows the package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
+
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeds, defaults and threads as at the start of the session, whatever the test before has set."""
+    monkeypatch.delenv("PREFIX_FAST_BACKEND", raising=False)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.set_float32_matmul_precision("highest")
+    with torch.enable_grad():
+        yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets that PREFIX_FAST_DATA names; tests that need it are skipped without."""
+    folder = os.environ.get("PREFIX_FAST_DATA")
+    if not folder:
+        pytest.skip("PREFIX_FAST_DATA is not set; it names a folder of data sets")
+    if not Path(folder).is_dir():
+        pytest.skip(f"PREFIX_FAST_DATA names {folder}, which is no folder")
+    return Path(folder)
