@@ -1,0 +1,96 @@
+"""Which backend runs a call, and why the others do not.
+
+A backend asked for by name runs or raises; only "auto" chooses, by static facts alone (device, dtype, head dim and the
+arguments in use, never values), in the order of the table.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_fast import ops
+from prefix_fast.backends.problem import Facts, Problem
+
+ORDER = ("cpu", "reference")
+_LATER = {name: f"this release has no {name} backend" for name in ("triton", "cuda")}
+NAMES = ("auto", *ORDER, *_LATER)
+
+
+class BackendInfo(NamedTuple):
+    """One line of `backends()`."""
+
+    name: str
+    available: bool
+    reason: str  # why it is not available; empty where it is
+    device: str  # device type of the tensors it takes
+
+
+def backends() -> list[BackendInfo]:
+    """Every backend in the order in which "auto" tries them, with the reason where one cannot run on this machine."""
+    infos = []
+    for name in ORDER:
+        reason = ops.load_backend(name).availability()
+        infos.append(BackendInfo(name, reason is None, reason or "", "cpu" if name == "cpu" else "any"))
+    return infos + [BackendInfo(name, False, reason, "cuda") for name, reason in _LATER.items()]
+
+
+def unsupported_reasons(name: str, facts: Facts) -> list[str]:
+    """Why the backend cannot serve a call with these facts. Empty: it can."""
+    if name in _LATER:
+        return [_LATER[name]]
+    backend = ops.load_backend(name)
+    reason = backend.availability()
+    return [reason] if reason else backend.unsupported_reasons(facts)
+
+
+def segment_attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """Run `problem` on the backend of that name, or on the one that "auto" chooses."""
+    facts = facts_of(problem)
+    return ops.segment_attention(problem, choose(backend, *facts))
+
+
+def facts_of(problem: Problem) -> Facts:
+    """The static facts of a call."""
+    sets, query = problem.sets, problem.query
+    present = {
+        "softcap": problem.softcap is not None,
+        "window": problem.window is not None,
+        "sinks": problem.sinks is not None,
+        "segment_bias": any(s.bias is not None for s in sets),
+        "dropout": problem.dropout_p > 0,
+        "packed": problem.cu_seqlens_q is not None or any(s.cu_seqlens is not None for s in sets),
+        "mixed_prefix": any(s.key.dtype != query.dtype for s in sets),
+    }
+    uses = tuple(name for name, used in present.items() if used)
+    return Facts(query.device.type, query.dtype, query.shape[-1], uses)
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: tuple[str, ...]) -> str:
+    """The name of the backend that runs a call with these facts.
+
+    Raises:
+        ValueError: no backend has that name.
+        NotImplementedError: the backend asked for cannot run the call; the message holds every reason.
+    """
+    source = "backend"
+    if backend == "auto" and "PREFIX_FAST_BACKEND" in os.environ:
+        backend, source = os.environ["PREFIX_FAST_BACKEND"], "the environment variable PREFIX_FAST_BACKEND"
+    if backend not in NAMES:
+        raise ValueError(f"prefix_fast: expected {source} to be one of {', '.join(NAMES)}, got {backend!r}")
+    facts = Facts(device, dtype, head_dim, uses)
+    candidates = ORDER if backend == "auto" else (backend,)
+    reasons = {}
+    for name in candidates:
+        reasons[name] = unsupported_reasons(name, facts)
+        if not reasons[name]:
+            return name
+    listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
+    raise NotImplementedError(
+        f"prefix_fast: expected a call that {source}={backend!r} can run, got {dtype} on {device} with head dim "
+        f"{head_dim} and {', '.join(uses) or 'no special argument'}. {listed}. Pass backend='auto' for another"
+    )
