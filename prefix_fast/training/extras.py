@@ -1,0 +1,20 @@
+"""Optional dependencies: import them where they are used, and say what to install when they are missing."""
+
+import importlib
+from typing import Any
+
+
+class MissingExtraError(ImportError):
+    """A package of the extra ``train`` is needed and not installed."""
+
+
+def require(module: str, purpose: str) -> Any:
+    """Import ``module``; a :class:`MissingExtraError` names the package, what it is for, and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise MissingExtraError(
+            f"{purpose}: expected the package {package}, which is not installed; "
+            "run pip install 'prefix-fast[train]'"
+        ) from error
