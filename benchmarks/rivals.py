@@ -1,0 +1,85 @@
+"""The operator's rivals, in plain PyTorch.
+
+Shapes: query, key, value [B, H, T, D]; prefix_key, prefix_value [1, H, P, D]; the prefix is visible to every query, own
+keys up to the query.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def visible_keys(query: Tensor, key: Tensor, prefix_key: Tensor) -> Tensor:
+    """The bool mask [Tq, P + Tk] that SDPA needs: its own causal flag does not know of a prefix."""
+    own = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    return torch.cat([own.new_ones(query.shape[2], prefix_key.shape[2]), own], 1)
+
+
+def concatenation(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, mask: Tensor
+) -> Tensor:
+    """What PEFT does with a prefix: a copy for every row, then SDPA."""
+    rows = query.shape[0]
+    keys = torch.cat([prefix_key.expand(rows, -1, -1, -1), key], 2)
+    values = torch.cat([prefix_value.expand(rows, -1, -1, -1), value], 2)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
+def stack_rows(x: Tensor) -> Tensor:
+    """[B, H, T, D] → [1, H, B·T, D]: the queries of all rows as those of one."""
+    return x.transpose(0, 1).reshape(1, x.shape[1], -1, *x.shape[3:])
+
+
+def unstack_rows(x: Tensor, rows: int) -> Tensor:
+    """The inverse of `stack_rows`."""
+    return x[0].unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+class Merge(torch.autograd.Function):
+    """The strongest rival without own kernels: torch's flash attention for each part, merged by log-sum-exp.
+
+    lse = logaddexp(lse₁, lse₂), out = out₁ e^{lse₁ - lse} + out₂ e^{lse₂ - lse}. The backward of each part takes the
+    merged out and lse, so that p_ij = e^{s_ij - lse_i} is already that of the whole softmax.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor
+    ) -> Tensor:
+        rows = query.shape[0]
+        causal = query.shape[2] > 1
+        stacked, stacked_lse = flash(stack_rows(query), prefix_key, prefix_value)
+        own, own_lse = flash(query, key, value, is_causal=causal)
+        shared, shared_lse = unstack_rows(stacked, rows), unstack_rows(stacked_lse, rows)
+        lse = torch.logaddexp(shared_lse, own_lse)
+        out = shared * (shared_lse - lse).exp().unsqueeze(-1) + own * (own_lse - lse).exp().unsqueeze(-1)
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, lse)
+        ctx.causal = causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, prefix_key, prefix_value, out, lse = ctx.saved_tensors
+        grad_shared, grad_prefix_key, grad_prefix_value = flash_backward(
+            stack_rows(grad_out),
+            stack_rows(query),
+            prefix_key,
+            prefix_value,
+            stack_rows(out),
+            stack_rows(lse),
+            0.0,
+            False,
+        )
+        grad_own, grad_key, grad_value = flash_backward(grad_out, query, key, value, out, lse, 0.0, ctx.causal)
+        grad_query = unstack_rows(grad_shared, query.shape[0]) + grad_own
+        return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value
+
+
+def merge(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
+    """`Merge` as a function."""
+    return Merge.apply(query, key, value, prefix_key, prefix_value)
