@@ -1,4 +1,4 @@
-"""The sdist and the wheel hold what they should, and the wheel works in a clean environment, without network."""
+"""The sdist and the wheel hold what they should, and the wheel works in a clean environment; no network."""
 
 import re
 import shutil
