@@ -16,18 +16,17 @@ COLORS = {"operator": "#4269d0", "decode step": "#6cc5b0", "training step": "#ef
 
 
 def draw(rows: Sequence[Row], machine: str, path: Path) -> None:
-    """One bar a row, as long as the rival's time over ours, on a logarithmic axis that begins left of 1."""
+    """One bar a row, from 1 to the rival's time over ours, on a logarithmic axis."""
     figure, axes = pyplot.subplots(figsize=(9.0, 1.3 + 0.42 * len(rows)), dpi=120, layout="constrained")
     places = range(len(rows))
     ratios = [row.ratio for row in rows]
-    left = min(0.5, *(0.8 * ratio for ratio in ratios))
     colors = [COLORS.get(row.group, "#9498a0") for row in rows]
-    axes.barh(places, [ratio - left for ratio in ratios], left=left, color=colors, height=0.66)
+    axes.barh(places, [ratio - 1.0 for ratio in ratios], left=1.0, color=colors, height=0.66)
     axes.set_yticks(places, [f"{row.group}: {row.case}\nagainst {row.rival}" for row in rows], fontsize=7.5)
     for place, ratio in zip(places, ratios, strict=True):
         axes.annotate(
             f"{ratio:.1f}×" if ratio >= 1.95 else f"{ratio:.2f}×",
-            (ratio, place),
+            (max(ratio, 1.0), place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -36,7 +35,7 @@ def draw(rows: Sequence[Row], machine: str, path: Path) -> None:
         )
     axes.axvline(1.0, color="#333333", linewidth=1.0, linestyle=(0, (4, 3)))
     axes.set_xscale("log", base=2)
-    axes.set_xlim(left, max(2.0, *ratios) * 1.5)
+    axes.set_xlim(min(0.75, *(0.9 * ratio for ratio in ratios)), max(2.0, *ratios) * 1.4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.tick_params(axis="both", length=0)
     axes.invert_yaxis()
