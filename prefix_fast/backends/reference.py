@@ -110,9 +110,13 @@ class _Keys(NamedTuple):
     bias: Tensor | None
 
 
-def attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse) as a differentiable function; out in query's dtype, lse float32 (float64 for float64 inputs)."""
-    dtype = torch.float64 if problem.query.dtype == torch.float64 else torch.float32
+def attention(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) as a differentiable function; out in query's dtype, lse in `dtype`, in which everything is computed.
+
+    None: float32, and float64 for float64 inputs.
+    """
+    if dtype is None:
+        dtype = torch.float64 if problem.query.dtype == torch.float64 else torch.float32
     query, query_count = _dense_rows(problem.query, problem.cu_seqlens_q, problem.max_seqlen_q)
     key, key_count = _dense_rows(problem.key, problem.cu_seqlens_k, problem.max_seqlen_k)
     value, _ = _dense_rows(problem.value, problem.cu_seqlens_k, problem.max_seqlen_k)
