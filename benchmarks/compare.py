@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,6 @@ def compare(
 
 def machine() -> dict[str, Any]:
     """What a figure depends on: the processor, threads, versions and the float32 setting."""
-    import peft
-    import transformers
-
-    import prefix_fast
-
     cpu = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -153,10 +149,7 @@ def machine() -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "prefix_fast": prefix_fast.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        **{name: version(name) for name in ("prefix-fast", "torch", "transformers", "peft")},
     }
 
 

@@ -4,17 +4,15 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-import prefix_fast
 
-
-def test_version_is_one(root: Path) -> None:
+def test_installed_version_is_the_declared_one(root: Path) -> None:
     declared = re.search(r'^version = "(.+)"$', (root / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
     assert declared is not None
-    assert importlib.metadata.version("prefix-fast") == prefix_fast.__version__ == declared[1]
+    assert importlib.metadata.version("prefix-fast") == declared[1]
 
 
 def test_changelog_names_the_version(root: Path) -> None:
-    assert prefix_fast.__version__ in (root / "CHANGELOG.md").read_text("utf-8")
+    assert importlib.metadata.version("prefix-fast") in (root / "CHANGELOG.md").read_text("utf-8")
 
 
 def test_command_resolves() -> None:
@@ -25,8 +23,7 @@ def test_command_resolves() -> None:
 def test_constraints_pin_every_direct_requirement(root: Path) -> None:
     pinned = set(re.findall(r"^([\w-]+)==", (root / "constraints.txt").read_text("utf-8"), re.MULTILINE))
     required = {
-        re.split(r"[<>=!~;\s\[]", line, maxsplit=1)[0]
-        for line in importlib.metadata.requires("prefix-fast") or []
+        re.split(r"[<>=!~;\s\[]", line, maxsplit=1)[0] for line in importlib.metadata.requires("prefix-fast") or []
     }
     # The GPU compiler is no part of the environment that the tests make.
     assert required - {"triton"} <= pinned
