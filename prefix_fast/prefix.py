@@ -1,0 +1,335 @@
+"""The prefix as a module: where it starts, what it gives the attention, folding, and its files."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from prefix_fast import checkpoint
+from prefix_fast.files import find_folder
+from prefix_fast.functional import prefix_attention
+from prefix_fast.geometry import Geometry, check_same_geometry, checked_integer, model_geometry
+from prefix_fast.initialisation import keys_and_values_from_cache, keys_and_values_from_text
+from prefix_fast.parametrisation import DirectSite, PrefixConfig, ReparametrisedSite
+
+__all__ = ["Geometry", "Prefix", "PrefixAttention", "PrefixConfig", "model_geometry"]
+
+
+class Prefix(nn.Module):
+    """A prefix for one model: calling it gives, for each site, keys and values [L, 1, Hkv, P, D].
+
+    The parameters are float32 and stay so: `.to(dtype)`, `.half()` and their like move a Prefix to another
+    device but never change its dtype, also as part of a model. Under autocast the reparametrisation's MLP
+    runs in its dtype. Read a layer through `keys.unbind(0)`: its backward stacks the layers' gradients once,
+    where indexing with `keys[l]` would add L zero-filled tensors of the full size.
+
+    state_dict: `sites.decoder.keys`, `sites.decoder.values` [L, Hkv, P, D]; reparametrised
+    `sites.decoder.embedding.weight`, `sites.decoder.transform.{0,2}.{weight,bias}`, and where it started from
+    a text the buffers `sites.decoder.base_keys`, `sites.decoder.base_values`.
+
+    Args:
+        config: what to learn.
+        model_config: the transformers config of the model, or its Geometry.
+        start: per site the keys and values [L, Hkv, P, D] to begin with; None: at random, as PEFT's
+            PrefixEncoder.
+        base_model_name: the model's name or path, written beside the saved prefix; None: the config's.
+
+    Raises:
+        TypeError: config or model_config of another type. ValueError: a start of another shape.
+        NotImplementedError: a model without a geometry (see model_geometry), a site that the model lacks.
+    """
+
+    def __init__(
+        self,
+        config: PrefixConfig,
+        model_config: Any,
+        *,
+        start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        base_model_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, PrefixConfig):
+            raise TypeError(
+                f"Prefix: expected config to be a PrefixConfig, got {type(config).__name__}; pass "
+                "PrefixConfig(num_virtual_tokens=...)"
+            )
+        self.config = config
+        self.geometry = model_geometry(model_config)
+        self.base_model_name = base_model_name or getattr(model_config, "_name_or_path", None) or None
+        missing = [site for site in config.sites or () if site != "decoder"]
+        if missing:
+            raise NotImplementedError(
+                f"Prefix: expected sites=('decoder',) for a decoder-only model, got {config.sites}; it has "
+                f"no {' and no '.join(missing)} attention: leave sites out"
+            )
+        site_class = ReparametrisedSite if config.prefix_projection else DirectSite
+        self.sites = nn.ModuleDict(
+            {site: site_class(config, self.geometry, self._start_of(site, start)) for site in ("decoder",)}
+        )
+
+    def _start_of(self, site: str, start: Mapping[str, tuple[Tensor, Tensor]] | None) -> tuple[Tensor, Tensor] | None:
+        if start is None:
+            return None
+        if site not in start:
+            raise ValueError(f"Prefix: expected a start for the site {site!r}, got {sorted(start)}; pass one")
+        geometry = self.geometry
+        shape = (geometry.num_layers, geometry.num_kv_heads, self.num_virtual_tokens, geometry.head_dim)
+        for name, tensor in zip(("keys", "values"), start[site], strict=True):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"Prefix: expected starting {name} [L, Hkv, P, D] = {shape}, got {tuple(tensor.shape)}; "
+                    "start from the same model and length"
+                )
+        return start[site]
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P, the prefix's length."""
+        return self.config.num_virtual_tokens
+
+    def forward(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{site: (keys, values)}, each [L, 1, Hkv, P, D] with a contiguous last dim."""
+        sites = self._sites()
+        return {site: (self._read(keys), self._read(values)) for site, (keys, values) in sites.items()}
+
+    def _sites(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: site() for name, site in self.sites.items()}
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        if self.training and self.config.prefix_dropout > 0:
+            tensor = dropout(tensor, self.config.prefix_dropout)
+        return tensor.unsqueeze(1)
+
+    @torch.no_grad()
+    def _folded(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The sites' keys and values in float32, without dropout and whatever autocast is on."""
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self._sites()
+
+    def fold(self) -> "Prefix":
+        """A direct Prefix with copies of the same keys and values."""
+        config = replace(self.config, prefix_projection=False)
+        return Prefix(config, self.geometry, start=self._folded(), base_model_name=self.base_model_name)
+
+    def check_fits(self, model_config: Any) -> None:
+        """Raise ValueError if the model has other layers, key/value heads or head dim than this prefix.
+
+        Args:
+            model_config: the transformers config of the model, or its Geometry; raises as model_geometry
+                does.
+        """
+        check_same_geometry(self.geometry, model_geometry(model_config), "Prefix.check_fits")
+
+    @classmethod
+    def from_text(cls, model: Any, tokenizer: Any, text: str, config: PrefixConfig | None = None) -> "Prefix":
+        """A prefix that starts as the model's own keys and values for the text.
+
+        The rows that read it then see what they would see with the text before them. With `prefix_projection`
+        (the default) what is learnt is an MLP added to them, whose last layer starts at zero.
+
+        Args:
+            model: a transformers model (also inside a PeftModel), run once in evaluation mode without
+                gradients.
+            tokenizer: called as `tokenizer(text)["input_ids"]`.
+            text: its tokens become the virtual tokens, one for one.
+            config: None: a PrefixConfig() with as many virtual tokens as the text has tokens. Otherwise
+                `num_virtual_tokens` must be that number: the text is neither cut nor repeated.
+
+        Raises:
+            TypeError: text is not a string. ValueError: no tokens, another number of tokens than the
+                config's, more tokens than the model has positions. NotImplementedError: as Prefix and
+                from_cache.
+        """
+        wanted = None if config is None else config.num_virtual_tokens
+        keys, values = keys_and_values_from_text(model, tokenizer, text, wanted)
+        config = config or PrefixConfig(num_virtual_tokens=keys.shape[2])
+        return cls(config, model.config, start={"decoder": (keys, values)})
+
+    @classmethod
+    def from_cache(cls, past_key_values: Any) -> "Prefix":
+        """Any computed key/value cache as a direct prefix: shared system prompts, cartridges.
+
+        Args:
+            past_key_values: a transformers DynamicCache or StaticCache (unused slots are dropped), or one
+                pair (key, value) [B, Hkv, P, D] per layer; B is 1, or all rows are identical. Copied to
+                float32.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as initialisation.keys_and_values_from_cache.
+        """
+        keys, values = keys_and_values_from_cache(past_key_values)
+        config = PrefixConfig(num_virtual_tokens=keys.shape[2], prefix_projection=False)
+        geometry = Geometry(keys.shape[0], keys.shape[1], keys.shape[3])
+        return cls(config, geometry, start={"decoder": (keys, values)})
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *, format: str = "auto") -> None:
+        """Write the folded prefix, as PEFT's own files where PEFT can express it; see checkpoint.save.
+
+        Args:
+            save_directory: made if it is not there; an earlier prefix in it is replaced.
+            format: "auto", "peft" (raises with the reason where PEFT cannot) or "native".
+        """
+        stored = checkpoint.StoredPrefix(
+            geometry=self.geometry,
+            sites=self._folded(),
+            encoder_hidden_size=self.config.encoder_hidden_size,
+            prefix_dropout=self.config.prefix_dropout,
+            base_model_name=self.base_model_name,
+        )
+        checkpoint.save(stored, save_directory, format)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        model_config: Any = None,
+        format: str = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> "Prefix":
+        """A direct prefix from files that PEFT or save_pretrained wrote; see checkpoint.load.
+
+        Args:
+            source: a folder, or a Hub id.
+            model_config: if given, the files are checked against this model before any number is read.
+            format: "auto", "peft" or "native".
+            revision, token, cache_dir, local_files_only: handed to huggingface_hub for a Hub id.
+        """
+        folder = find_folder(
+            source,
+            checkpoint.FILES,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        expected = None if model_config is None else model_geometry(model_config)
+        stored = checkpoint.load(folder, format, expected)
+        config = PrefixConfig(
+            num_virtual_tokens=stored.num_virtual_tokens,
+            prefix_projection=False,
+            encoder_hidden_size=stored.encoder_hidden_size,
+            prefix_dropout=stored.prefix_dropout,
+        )
+        return cls(config, stored.geometry, start=stored.sites, base_model_name=stored.base_model_name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload prefix",
+        format: str = "auto",
+    ) -> str:
+        """Upload what save_pretrained writes to a Hub repository, made if missing; returns the commit's URL."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, format=format)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return str(commit.commit_url)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Prefix":
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # Half precision loses small updates; a memory format would break the contiguous last dim.
+            kept = moved.dtype == tensor.dtype and moved.stride() == tensor.stride()
+            return moved if kept else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)
+
+    def extra_repr(self) -> str:
+        """What the printed module shows of the prefix."""
+        geometry = self.geometry
+        return (
+            f"num_virtual_tokens={self.num_virtual_tokens}, "
+            f"prefix_projection={self.config.prefix_projection}, num_layers={geometry.num_layers}, "
+            f"num_kv_heads={geometry.num_kv_heads}, head_dim={geometry.head_dim}"
+        )
+
+
+class PrefixAttention(nn.Module):
+    """Attention with learnt prefixes for a hand-written model: the parameters and a call of prefix_attention.
+
+    out[b, h, i] = Σ softmax over the row's prefix and its visible own keys (see
+    prefix_fast.prefix_attention). Owns `prefix_key` and `prefix_value` [num_prefixes, num_kv_heads, P, D],
+    drawn from N(0, 1).
+
+    Args:
+        num_virtual_tokens: P, may be 0.
+        num_heads, head_dim: H query heads of D.
+        num_kv_heads: Hkv, a divisor of H; None: H.
+        num_prefixes: N; with more than one, each call needs `prefix_ids`.
+
+    Raises:
+        TypeError: a size is not an integer. ValueError: a size out of range, heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        num_prefixes: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = "PrefixAttention"
+        self.num_virtual_tokens = checked_integer(num_virtual_tokens, "num_virtual_tokens", 0, where)
+        self.num_heads = checked_integer(num_heads, "num_heads", 1, where)
+        self.head_dim = checked_integer(head_dim, "head_dim", 1, where)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.num_kv_heads = checked_integer(kv_heads, "num_kv_heads", 1, where)
+        self.num_prefixes = checked_integer(num_prefixes, "num_prefixes", 1, where)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"PrefixAttention: expected num_heads to be a multiple of num_kv_heads, got {num_heads} and "
+                f"{num_kv_heads}; pass a divisor of num_heads"
+            )
+        shape = (self.num_prefixes, self.num_kv_heads, self.num_virtual_tokens, self.head_dim)
+        self.prefix_key = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.prefix_value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw keys and values from N(0, 1)."""
+        nn.init.normal_(self.prefix_key)
+        nn.init.normal_(self.prefix_value)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+        """prefix_attention with these prefixes; every keyword of it may be given, shapes and errors are its
+        own.
+
+        Args:
+            query: [B, num_heads, Tq, D]. key, value: [B, num_kv_heads, Tk, D].
+
+        Raises:
+            ValueError: a query with another number of heads.
+        """
+        if query.dim() == 4 and query.shape[1] != self.num_heads:
+            raise ValueError(
+                f"PrefixAttention: expected query [B, H, Tq, D] with H={self.num_heads}, got "
+                f"{tuple(query.shape)}; make the module with this number of heads"
+            )
+        return prefix_attention(query, key, value, self.prefix_key, self.prefix_value, **options)
+
+    def extra_repr(self) -> str:
+        """What the printed module shows of the prefixes."""
+        return (
+            f"num_virtual_tokens={self.num_virtual_tokens}, num_heads={self.num_heads}, "
+            f"head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, num_prefixes={self.num_prefixes}"
+        )
