@@ -38,11 +38,11 @@ demo: $(STAMP) $(MODEL)  ## a pretrained model learns a prefix, then the same st
 
 test: lint  ## lint, then every test that takes seconds
 	@echo "== tests"
-	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark -m "not slow" $(ARGS)
+	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark --timeout 600 -m "not slow" $(ARGS)
 
 test-all: lint  ## lint, then every test
 	@echo "== all tests"
-	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark $(ARGS)
+	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark --timeout 1800 $(ARGS)
 
 bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
 	@$(PYTHON) -m pytest -q benchmarks --benchmark-only --plot $(ARGS)
