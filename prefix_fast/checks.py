@@ -58,7 +58,7 @@ def checked_problem(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = int(query.shape[-1]) ** -0.5 if scale is None else float(scale)
     return Problem(
         query, key, value, sets, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_mask, attn_bias,
         is_causal, query_offset, window, softcap, sinks, dropout_p, seed, scale,

@@ -66,7 +66,7 @@ def facts_of(problem: Problem) -> Facts:
         "mixed_prefix": any(s.key.dtype != query.dtype for s in sets),
     }
     uses = tuple(name for name, used in present.items() if used)
-    return Facts(query.device.type, query.dtype, query.shape[-1], uses)
+    return Facts(query.device.type, query.dtype, int(query.shape[-1]), uses)
 
 
 @torch.compiler.assume_constant_result

@@ -1,0 +1,128 @@
+"""The operator inside PyTorch's machinery: opcheck, compile, autocast, checkpointing, vmap-free schemas."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+import prefix_fast
+from prefix_fast import Segment, ops
+from prefix_fast.testing import Case, make_problem
+
+BACKENDS = ("reference", "cpu")
+
+CASES = [
+    Case(),
+    Case(dtype=torch.bfloat16, prefix_dtype=torch.float32, H=4, Hkv=2),
+    Case(B=3, N=3, ids="random", lengths="random", key_mask="left", query_offset="rows", num_sets=2),
+    Case(B=3, N=2, packed=True, packed_segments=True, ids="random"),
+    Case(dropout_p=0.2, query_offset="int", attn_bias=True),
+]
+
+
+def operator_arguments(case, backend, requires_grad=True):
+    arguments = ops._to_arguments(make_problem(case), backend)
+    if requires_grad:
+        for tensor in (*arguments[:3], *arguments[3], *arguments[4]):
+            tensor.requires_grad_()
+    return arguments
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operators_pass_opcheck(case, backend):
+    arguments = operator_arguments(case, backend)
+    torch.library.opcheck(torch.ops.prefix_fast.segment_attention.default, arguments)
+    arguments = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, arguments)
+    out, lse = torch.ops.prefix_fast.segment_attention(*arguments)
+    wanted = [True, False, True, *[True] * (2 * len(arguments[3]))]
+    torch.library.opcheck(
+        torch.ops.prefix_fast.segment_attention_backward.default,
+        (*arguments, out, lse, torch.randn_like(out), torch.randn_like(lse), wanted),
+    )
+
+
+def leaves(requires_grad=True):
+    shapes = [(2, 4, 6, 16), (2, 2, 6, 16), (2, 2, 6, 16), (1, 2, 5, 16), (1, 2, 5, 16)]
+    return [torch.randn(shape, requires_grad=requires_grad) for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_takes_the_whole_graph_forward_and_backward(backend):
+    torch._dynamo.reset()
+    inputs = leaves()
+
+    def function(*tensors):
+        out, lse = prefix_fast.prefix_attention(*tensors, backend=backend, return_lse=True)
+        return (out * 2).sum() + lse.sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(function(*inputs), inputs)
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_takes_segments_ids_and_dropout_with_dynamic_shapes():
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounter()
+
+    def function(query, own, shared, ids):
+        return prefix_fast.segment_attention(query, own, own, [Segment(shared, shared, ids=ids)], dropout_p=0.1)
+
+    compiled = torch.compile(function, fullgraph=True, backend=frames, dynamic=True)
+    for B, T, P in ((2, 3, 4), (5, 7, 9), (3, 11, 6)):
+        ids = torch.randint(-1, 2, (B,))
+        out = compiled(torch.randn(B, 2, T, 8), torch.randn(B, 2, T, 8), torch.randn(2, 2, P, 8), ids)
+        assert out.shape == (B, 2, T, 8)
+    assert frames.frame_count == 1
+
+
+def test_compile_still_checks_values():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *tensors, ids: prefix_fast.prefix_attention(*tensors, prefix_ids=ids),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(ValueError, match=r"expected ids of segment set 0 in \[-1, 1\)"):
+        compiled(*leaves(False), ids=torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_every_input_to_its_dtype(backend):
+    inputs = leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = prefix_fast.prefix_attention(*inputs, backend=backend)
+    assert out.dtype == torch.bfloat16
+    expected = prefix_fast.prefix_attention(*(t.bfloat16() for t in inputs), backend=backend)
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_same_dropout(backend, use_reentrant):
+    inputs = leaves()
+
+    def function(*tensors):
+        return prefix_fast.prefix_attention(*tensors, dropout_p=0.3, backend=backend)
+
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+    torch.manual_seed(3)
+    checkpoint(function, *inputs, use_reentrant=use_reentrant).square().sum().backward()
+    for t, grad in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(t.grad, grad)
+
+
+def test_without_grad_nothing_is_recorded():
+    with torch.no_grad():
+        assert prefix_fast.prefix_attention(*leaves()).grad_fn is None
+    with torch.inference_mode():
+        assert prefix_fast.prefix_attention(*leaves(False)).shape == (2, 4, 6, 16)
+
+
+def test_out_lies_in_memory_as_the_next_linear_layer_reads_it():
+    out = prefix_fast.prefix_attention(*leaves(False))
+    assert out.transpose(1, 2).is_contiguous()
