@@ -15,6 +15,5 @@ def require(module: str, purpose: str) -> Any:
     except ModuleNotFoundError as error:
         package = module.partition(".")[0].replace("_", "-")
         raise MissingExtraError(
-            f"{purpose}: expected the package {package}, which is not installed; "
-            "run pip install 'prefix-fast[train]'"
+            f"{purpose}: expected the package {package}, which is not installed; run pip install 'prefix-fast[train]'"
         ) from error

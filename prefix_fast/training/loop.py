@@ -120,7 +120,8 @@ class Trainer:
         pad_token_id: fills the rows of a batch up to its longest.
         save_prefix: called with the folder for the prefix at each checkpoint.
         eval_rows: held-out rows, for the loss at every ``eval_every`` steps and at the end.
-        on_record: called with each record as it is written to ``metrics.jsonl``.
+
+    The attribute ``on_record`` is called with each record as it is written to ``metrics.jsonl``.
     """
 
     def __init__(
@@ -133,7 +134,6 @@ class Trainer:
         pad_token_id: int,
         save_prefix: Callable[[Any], None],
         eval_rows: Sequence[TokenRow] = (),
-        on_record: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         """Make the optimiser and schedule; nothing is written yet."""
         from transformers import get_scheduler
@@ -145,7 +145,7 @@ class Trainer:
         self.pad_token_id = pad_token_id
         self.save_prefix = save_prefix
         self.eval_rows = eval_rows
-        self.on_record = on_record
+        self.on_record: Callable[[dict[str, Any]], None] = lambda record: None
         self.order = BatchOrder([len(row) for row in rows], settings.batch_size, settings.seed, settings.bucket)
         self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.named_parameters:

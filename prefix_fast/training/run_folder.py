@@ -24,7 +24,10 @@ import torch
 from prefix_fast.training.extras import require
 
 RUN_FILE = "run.json"
-_OWN_FILES = (RUN_FILE, "metrics.jsonl", "training_state.pt", "loss.png", "evaluation.json", "predictions.jsonl")
+_OWN_NAMES = (
+    *(RUN_FILE, "metrics.jsonl", "training_state.pt", "loss.png", "prefix"),
+    *("evaluation.json", "predictions.jsonl"),
+)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -40,6 +43,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def _is_own(name: str) -> bool:
+    """Whether a run writes a file or folder of this name, or leaves one when it is killed while writing."""
+    return any(name == own or name.startswith(f".{own}-") for own in _OWN_NAMES)
+
+
 class RunFolder:
     """Read and write the files of one run; make one with :meth:`create` or :meth:`open`."""
 
@@ -53,26 +61,34 @@ class RunFolder:
         cls, path: str | Path, settings: Mapping[str, Any], versions: Mapping[str, str], *, overwrite: bool = False
     ) -> "RunFolder":
         """Start a run in a new or empty folder; ``overwrite`` first deletes the files of the run it holds."""
-        path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"RunFolder: expected a folder, got the file {path}; choose another --output")
-        if (path / RUN_FILE).exists():
-            if not overwrite:
-                raise ValueError(
-                    f"RunFolder: expected a new or empty folder, got {path}, which holds another run; "
-                    "continue it with --resume, replace it with --overwrite, or choose another --output"
-                )
+        path = cls.check_free(path, overwrite=overwrite)
+        if overwrite:
             cls._delete_run(path)
-        if path.is_dir() and any(path.iterdir()):
-            found = sorted(entry.name for entry in path.iterdir())[:3]
-            raise ValueError(
-                f"RunFolder: expected a new or empty folder, got {path}, which holds {', '.join(found)}; "
-                "choose another --output"
-            )
         path.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"settings": dict(settings), "versions": dict(versions)}, indent=2) + "\n"
         write_atomically(path / RUN_FILE, content.encode())
         return cls(path, dict(settings))
+
+    @staticmethod
+    def check_free(path: str | Path, *, overwrite: bool = False) -> Path:
+        """Raise where :meth:`create` would, before anything expensive is done; nothing is changed."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"RunFolder: expected a folder, got the file {path}; choose another --output")
+        holds_run = (path / RUN_FILE).exists()
+        if holds_run and not overwrite:
+            raise ValueError(
+                f"RunFolder: expected a new or empty folder, got {path}, which holds another run; "
+                "continue it with --resume, replace it with --overwrite, or choose another --output"
+            )
+        found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        foreign = [name for name in found if not (holds_run and _is_own(name))]
+        if foreign:
+            raise ValueError(
+                f"RunFolder: expected a new or empty folder, got {path}, which holds {', '.join(foreign[:3])}; "
+                "choose another --output"
+            )
+        return path
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -92,9 +108,11 @@ class RunFolder:
 
     @staticmethod
     def _delete_run(path: Path) -> None:
-        for name in _OWN_FILES:
-            (path / name).unlink(missing_ok=True)
-        shutil.rmtree(path / "prefix", ignore_errors=True)
+        for entry in path.iterdir() if path.is_dir() else ():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     @property
     def prefix(self) -> Path:

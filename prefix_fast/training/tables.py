@@ -117,6 +117,6 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ValueError(
                     f"read_table: expected a JSON object on every line of {path.name}, line {number} is a "
-                    f"{type(row).__name__}; write {{\"source\": ..., \"target\": ...}}"
+                    f'{type(row).__name__}; write {{"source": ..., "target": ...}}'
                 )
             yield number, row

@@ -1,0 +1,95 @@
+"""What runs here: every available backend is checked against the float64 oracle on this machine's devices."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from prefix_fast import dispatch, testing
+from prefix_fast.testing import Case
+
+CASES = (
+    Case(B=2, H=4, Hkv=4, Tq=17, Tk=17, P=9, D=64),
+    Case(B=3, H=6, Hkv=2, Tq=33, Tk=40, N=3, P=17, D=64, ids="random", lengths="random", key_mask="left"),
+    Case(B=4, H=4, Hkv=2, Tq=1, Tk=19, P=65, D=32, key_mask="right"),
+    Case(B=2, H=2, Hkv=1, Tq=5, Tk=0, P=7, D=128, is_causal=False),
+    Case(B=3, H=4, Hkv=4, Tq=12, Tk=12, N=2, P=6, D=64, num_sets=2, ids="random", packed=True),
+    Case(B=2, H=4, Hkv=4, Tq=16, Tk=16, P=8, D=64, dropout_p=0.2),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class CheckResult(NamedTuple):
+    """One backend on one device: how many cases it passed, does not serve, and what went wrong in the others."""
+
+    backend: str
+    device: str
+    passed: int
+    unsupported: int
+    failures: tuple[str, ...]
+
+
+def check_backends() -> list[CheckResult]:
+    """Check every available backend, output and gradients, on each device that it takes and this machine has."""
+    return [
+        _check(info.name, device)
+        for info in dispatch.backends()
+        if info.available
+        for device in _devices()
+        if info.device in ("any", device)
+    ]
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for case in CASES:
+            yield replace(case, dtype=dtype)
+
+
+def _check(backend: str, device: str) -> CheckResult:
+    passed, unsupported, failures = 0, 0, []
+    for case in _cases():
+        problem = testing.make_problem(case, device)
+        if dispatch.unsupported_reasons(backend, dispatch.facts_of(problem)):
+            unsupported += 1
+            continue
+        try:
+            testing.check(problem, backend)
+            passed += 1
+        except Exception as error:  # whatever a backend does wrong on this machine is what the doctor reports
+            failures.append(f"{case}: {type(error).__name__}: {error}")
+    return CheckResult(backend, device, passed, unsupported, tuple(failures))
+
+
+def environment() -> dict[str, str]:
+    """Processor, devices, versions and the settings that steer the library."""
+    facts = {"processor": _processor(), "threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    facts["python"] = platform.python_version()
+    for package in ("prefix-fast", "torch", "transformers", "peft", "triton"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("PREFIX_FAST_")}
+    return facts
+
+
+def _processor() -> str:
+    """The processor's name and the widest instruction set that torch sees."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
