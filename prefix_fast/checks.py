@@ -58,7 +58,7 @@ def checked_problem(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
-    scale = int(query.shape[-1]) ** -0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return Problem(
         query, key, value, sets, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_mask, attn_bias,
         is_causal, query_offset, window, softcap, sinks, dropout_p, seed, scale,
@@ -306,9 +306,9 @@ def _check_softmax(
     for name, number in (("softcap", softcap), ("dropout_p", dropout_p), ("scale", scale)):
         if number is None and name != "dropout_p":
             continue
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat)):
             raise TypeError(f"{caller}: expected {name} to be a number, got {type(number).__name__}")
-        if not math.isfinite(number):
+        if not -math.inf < number < math.inf:
             raise ValueError(f"{caller}: expected a finite {name}, got {number}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{caller}: expected softcap above 0, got {softcap}")

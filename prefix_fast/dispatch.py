@@ -66,7 +66,8 @@ def facts_of(problem: Problem) -> Facts:
         "mixed_prefix": any(s.key.dtype != query.dtype for s in sets),
     }
     uses = tuple(name for name, used in present.items() if used)
-    return Facts(query.device.type, query.dtype, int(query.shape[-1]), uses)
+    head_dim = len(range(query.shape[-1]))  # a plain int: tracing with dynamic shapes makes it a constant, unlike int()
+    return Facts(query.device.type, query.dtype, head_dim, uses)
 
 
 @torch.compiler.assume_constant_result
