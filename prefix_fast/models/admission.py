@@ -1,0 +1,156 @@
+"""Which models are let in: every reason not to patch one, and a trial run that shows that the prefix reaches each layer.
+
+The trial is one forward of two tokens, without gradients, in which our attention function returns zeros and takes note of
+who called it with what. A model whose layers do not all call it, or that hand it something that would change the result
+and that the operator does not know, is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_fast.geometry import Geometry
+from prefix_fast.models import families, hub
+
+# Keywords of the attention call that the operator knows, and those that change nothing.
+_UNDERSTOOD = {"dropout", "scaling", "softcap", "s_aux"}
+_WITHOUT_EFFECT = {
+    "position_ids", "use_cache", "output_attentions", "output_hidden_states", "sliding_window", "past_key_values",
+    "cache_position", "return_dict", "layer_idx", "position_embeddings", "output_router_logits", "past_key_value",
+}  # fmt: skip
+
+
+class Trial:
+    """A `PrefixContext` for the trial run: takes note of the calls."""
+
+    def __init__(self) -> None:
+        self.layers: list[int | None] = []
+        self.shapes: set[tuple[int, int, int]] = set()
+        self.unknown: set[str] = set()
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Zeros in the shape of the attention's output."""
+        self.layers.append(getattr(module, "layer_idx", None))
+        self.shapes.add((key.shape[1], key.shape[3], value.shape[3]))
+        given = {name for name, argument in kwargs.items() if argument is not None and argument is not False}
+        self.unknown |= given - _UNDERSTOOD - _WITHOUT_EFFECT
+        batch, heads, tokens, _ = query.shape
+        return value.new_zeros(batch, tokens, heads, value.shape[3]), None
+
+
+def check_model(model: Any) -> None:
+    """Raise unless the object is a decoder-only transformers model on one device.
+
+    Raises:
+        TypeError: no transformers model. NotImplementedError: one that cannot be patched, with the reason.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"patch: expected a transformers model or a PeftModel, got {type(model).__name__}; load one with"
+            " AutoModelForCausalLM.from_pretrained"
+        )
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"patch: expected a decoder-only model, got {name}, an encoder-decoder; their prefix sites are not supported"
+        )
+    if config.get_text_config() is not config:
+        raise NotImplementedError(
+            f"patch: expected a text model, got {name}, which joins several; patch its language model where it has one"
+        )
+    if not getattr(config, "is_causal", True):
+        raise NotImplementedError(f"patch: expected a causal model, got {name} with is_causal=False")
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    devices |= {str(parameter.device) for parameter in model.parameters()}
+    devices = {"cuda:" + device if device.isdigit() else device for device in devices}
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"patch: expected a model on one device, got {name} on {sorted(devices)}; load it with a device_map of one"
+            " device"
+        )
+    if devices == {"meta"}:
+        raise NotImplementedError(f"patch: expected a model with weights, got {name} on the meta device; load it first")
+
+
+def check_checkpointing(model: Any) -> None:
+    """Raise ValueError if the model already runs reentrant gradient checkpointing."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "patch: expected gradient checkpointing with use_reentrant=False, got True, under which the prefix"
+                    " gets no gradient; call gradient_checkpointing_enable() again without it"
+                )
+
+
+def checked_positions(model: Any) -> str:
+    """How the model counts positions.
+
+    Raises:
+        NotImplementedError: it takes no positions, or counts them in a way that we do not know.
+    """
+    style = families.position_style(model)
+    if style is None or "position_ids" not in _parameters(model):
+        raise NotImplementedError(
+            f"patch: expected a model whose positions can be shifted by the prefix, got {type(model).__name__}, whose"
+            " positions are not arange from the past length; it cannot be patched"
+        )
+    return style
+
+
+def run_trial(model: Any, geometry: Geometry) -> None:
+    """Run two tokens through the model, whose config already has our attention's name.
+
+    Raises:
+        NotImplementedError: not every layer calls our attention function with the prefix, or one hands it something that
+            the operator does not know, or has keys and values of other shapes.
+    """
+    trial = Trial()
+    name = type(model).__name__
+    training = [module for module in model.modules() if module.training]
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False, **{hub.KEYWORD: trial})
+    except TypeError as error:
+        if hub.KEYWORD not in str(error):
+            raise
+        raise NotImplementedError(
+            f"patch: expected a forward that hands its keywords down to the attention, got {name}, which does not:"
+            f" {error}; it cannot be patched"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    missing = sorted(set(range(geometry.num_layers)) - {layer for layer in trial.layers if layer is not None})
+    if missing or len(trial.layers) != geometry.num_layers:
+        raise NotImplementedError(
+            f"patch: expected the prefix to reach each of {name}'s {geometry.num_layers} layers once, got layers"
+            f" {trial.layers}; its attention does not go through transformers' attention interface"
+        )
+    if trial.shapes != {(geometry.num_kv_heads, geometry.head_dim, geometry.head_dim)}:
+        raise NotImplementedError(
+            f"patch: expected keys and values of {geometry.num_kv_heads} heads of {geometry.head_dim} in every layer of"
+            f" {name}, got (heads, key dim, value dim) {sorted(trial.shapes)}; it cannot be patched"
+        )
+    if trial.unknown:
+        raise NotImplementedError(
+            f"patch: expected attention of queries, keys, values and a mask, got {name}, which also uses"
+            f" {sorted(trial.unknown)}; it cannot be patched"
+        )
+
+
+def _parameters(model: Any) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.forward).parameters)

@@ -1,0 +1,88 @@
+"""What differs between model families: how positions are counted, where a position table ends.
+
+A prefix of P virtual tokens stands before a row's own tokens, so positions are shifted by P: explicit ones, and those a
+model would count itself.
+
+    "arange"   past + 0, 1, 2, ... for every row        GPT-2, Llama, Qwen, GPT-NeoX and most others
+    "mask"     (Σ mask + P) · mask - 1, over the padding mask: a padded token keeps -1        OPT
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# model_type → how positions are counted when the caller gives none. Others are read from their decoder's source.
+POSITION_STYLES = {"gpt2": "arange", "llama": "arange", "qwen3": "arange", "gpt_neox": "arange", "opt": "mask"}
+# The statement by which transformers' decoders count positions; whitespace removed.
+_ARANGE = "position_ids=torch.arange(inputs_embeds.shape[1],device=inputs_embeds.device)+past_seen_tokens"
+# Attributes that hold a table of learned positions.
+_TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
+
+
+def position_style(model: Any) -> str | None:
+    """How the model counts positions by itself: "arange", "mask", or None where it is not known."""
+    style = POSITION_STYLES.get(model.config.model_type)
+    if style is not None:
+        return style
+    for module in (model, *model.modules()):
+        forward = inspect.unwrap(type(module).forward)
+        if "past_seen_tokens" in getattr(forward, "__code__", type).co_varnames:
+            try:
+                source = "".join(inspect.getsource(forward).split())
+            except OSError:
+                return None
+            return "arange" if _ARANGE in source else None
+    return None
+
+
+def position_limit(model: Any) -> int | None:
+    """The number of positions in the model's table of learned positions; None: it has no table."""
+    words = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding) and module is not words:
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None
+
+
+def shifted_positions(style: str, arguments: dict[str, Any], length: int) -> Tensor:
+    """The positions of a call's own tokens, `length` further on than without a prefix: [B or 1, T].
+
+    Args:
+        style: of the model's family, for calls without `position_ids`.
+        arguments: the call's, by name.
+        length: P.
+    """
+    given = arguments.get("position_ids")
+    if given is not None:
+        return given + length
+    inputs = arguments.get("input_ids")
+    inputs = inputs if inputs is not None else arguments["inputs_embeds"]
+    tokens = inputs.shape[1] if inputs is arguments.get("inputs_embeds") else inputs.shape[-1]
+    cache = arguments.get("past_key_values")
+    past = cache.get_seq_length() if cache is not None else 0
+    steps = torch.arange(tokens, device=inputs.device)
+    mask = arguments.get("attention_mask")
+    if style == "mask" and isinstance(mask, Tensor) and mask.ndim == 2:
+        counted = (mask.long().cumsum(-1) + length) * mask.long() - 1
+        return counted[:, past:] if isinstance(past, int) else counted.index_select(1, steps + past)
+    return (steps + past + length).unsqueeze(0)
+
+
+def check_positions(positions: Tensor, limit: int | None, name: str) -> None:
+    """Raise when a position lies past the model's table. Read on the CPU only: a GPU is never waited for.
+
+    Raises:
+        ValueError: prefix and tokens together are longer than the table.
+    """
+    if limit is None or positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
+        return
+    last = int(positions.max())
+    if last >= limit:
+        raise ValueError(
+            f"{name}: expected prefix and tokens within the model's {limit} positions, got position {last}; shorten the"
+            " prefix or the input"
+        )

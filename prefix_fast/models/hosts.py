@@ -1,0 +1,245 @@
+"""A transformers model that reads a prefix: its class steps aside for a subclass of the same name.
+
+    model.__class__ = type(cls.__name__, (mixin, cls), {...})
+
+`isinstance`, the class's name and module, and the signature of its forward stay as they were, so `generate`, Trainer and
+PEFT see the model that they know; copies and pickles of the model keep the prefix. `PrefixHost` owns its prefix (the
+submodule `prefix`); `BorrowingHost` gets one with each call, from the PeftModel around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_fast.models import families, hub, saving
+from prefix_fast.models.loss import can_fuse, fused_forward, loss_plan
+
+STATE = "_prefix_fast"
+States = tuple[Tensor, Tensor]
+
+
+@dataclass
+class HostState:
+    """What a patched model remembers; kept in the model's `__dict__`, so that copies and pickles have it too.
+
+    Attributes:
+        backend, fused_loss, compute_dtype: as given to `patch`.
+        attention: the name under which our attention function is registered for this model.
+        positions: how the model counts positions itself (see `families`).
+        limit: the positions in its table, if it has one.
+        parameters: the names of the forward's parameters, in order.
+        requires_grad: of each parameter before it was frozen; None: nothing was frozen.
+        states: keys and values that a running `generate` computed once.
+    """
+
+    backend: str
+    fused_loss: bool
+    compute_dtype: torch.dtype | None
+    attention: str
+    positions: str
+    limit: int | None
+    parameters: tuple[str, ...]
+    requires_grad: dict[str, bool] | None = None
+    states: States | None = field(default=None, repr=False)
+
+
+class HostMixin:
+    """What a patched transformers model does otherwise than its class."""
+
+    _prefix_fast_class: type  # the class that was stepped into
+
+    def _prefix_context(self) -> hub.PrefixContext | None:
+        """The prefix of a call that does not bring one."""
+        return None
+
+    def _prefix_forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The call of `forward`, the class's own, with the prefix and shifted positions."""
+        state: HostState = self.__dict__[STATE]
+        context = kwargs.pop(hub.KEYWORD, None) or self._prefix_context()
+        if context is None:
+            return forward(self, *args, **kwargs)
+        arguments = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
+        self._check_call(arguments)
+        if self.config._attn_implementation != state.attention:  # type: ignore[attr-defined]
+            # Another model on this config was unpatched; calls without a prefix still run the original attention.
+            self.config._attn_implementation = state.attention  # type: ignore[attr-defined]
+        positions = families.shifted_positions(state.positions, arguments, context.length)
+        families.check_positions(positions, state.limit, type(self).__name__)
+        if torch.compiler.is_compiling():
+            _keep_rows_whole(arguments)
+        arguments["position_ids"] = positions
+        arguments[hub.KEYWORD] = context
+        plan = None
+        if state.fused_loss and self.training and arguments.get("labels") is not None:  # type: ignore[attr-defined]
+            plan = loss_plan(self._prefix_fast_class) if can_fuse(self, arguments) else None
+        with self._compute(positions.device.type):
+            return forward(self, **arguments) if plan is None else fused_forward(self, plan, arguments)
+
+    def _check_call(self, arguments: dict[str, Any]) -> None:
+        name = type(self).__name__
+        asked = arguments.get("output_attentions")
+        if self.config.output_attentions if asked is None else asked:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name}: expected output_attentions=False, got True; a patched model never forms the attention"
+                " weights: unpatch it to look at them"
+            )
+        if arguments.get("head_mask") is not None:
+            raise ValueError(f"{name}: expected no head_mask, got one; unpatch the model to mask heads")
+        if arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
+            raise ValueError(f"{name}: expected input_ids or inputs_embeds, got neither; pass one of them")
+
+    def _compute(self, device: str) -> Any:
+        dtype = self.__dict__[STATE].compute_dtype
+        return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+
+    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The 2-D padding mask as it is: the layers' masks are never materialised, also for static caches."""
+        return attention_mask
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Raises: a patched model computes attention to its prefix and nothing else can."""
+        raise ValueError(
+            f"{type(self).__name__}: expected no change of the attention implementation while a prefix is patched in,"
+            f" got {attn_implementation!r}; unpatch the model first"
+        )
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
+    ) -> None:
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = non_reentrant(gradient_checkpointing_func, type(self).__name__)
+        super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._prefix_fast_class, _mixin_of(type(self))), self.__dict__
+
+
+class BorrowingHost(HostMixin):
+    """The model inside a PeftModel: the prefix comes with the call, and the parameters stay as PEFT has them."""
+
+
+class PrefixHost(HostMixin):
+    """A model with a prefix of its own, in `model.prefix`."""
+
+    def _prefix_context(self) -> hub.PrefixContext:
+        state: HostState = self.__dict__[STATE]
+        states = state.states
+        if states is None and self.prefix is not None:  # type: ignore[attr-defined]
+            states = self.prefix()["decoder"]  # type: ignore[attr-defined]
+        return hub.PrefixContext(states, state.backend)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the class; the prefix's keys and values are computed once, not at every token."""
+        prefix = self.prefix  # type: ignore[attr-defined]
+        with once_per_generation(self.__dict__[STATE], lambda: None if prefix is None else prefix()["decoder"]):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the prefix alone, or everything if the model is trained too (see `saving`)."""
+        if self.__dict__[STATE].requires_grad is not None:
+            return saving.save_prefix(self, save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        return saving.save_beside_model(self, save_directory)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> Any:
+        """What a checkpoint leaves out; Trainer reads it after loading one."""
+        if self.__dict__[STATE].requires_grad is None:
+            return self._prefix_fast_class._keys_to_ignore_on_save  # type: ignore[attr-defined]
+        return [name for name in self.state_dict() if not name.startswith("prefix.")]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def once_per_generation(state: Any, compute: Callable[[], States | None]) -> Any:
+    """Keep keys and values in `state.states` for the time of one `generate`."""
+    before = state.states
+    with torch.no_grad():
+        states = compute()
+    state.states = None if states is None else (states[0].contiguous(), states[1].contiguous())
+    try:
+        yield
+    finally:
+        state.states = before
+
+
+def non_reentrant(checkpoint: Callable, name: str) -> Callable:
+    """The checkpointing function with use_reentrant=False.
+
+    Raises:
+        ValueError: reentrant checkpointing is asked for. It hides the layers' inputs that are no arguments from
+            autograd: the prefix would get no gradient.
+    """
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            f"{name}: expected gradient checkpointing with use_reentrant=False, got True, under which the prefix gets no"
+            " gradient; leave it out or pass False"
+        )
+    if "use_reentrant" in getattr(checkpoint, "keywords", {}):
+        return checkpoint
+    return functools.partial(checkpoint, use_reentrant=False)
+
+
+def _keep_rows_whole(arguments: dict[str, Any]) -> None:
+    """A traced model cannot look whether positions restart, so it prepares for several texts in one row: say it has one."""
+    if all(arguments.get(name) is None for name in ("attention_mask", "position_ids", "past_key_values")):
+        inputs = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+        arguments["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+
+
+def _mixin_of(patched: type) -> type:
+    return patched.__mro__[1]
+
+
+@functools.cache
+def patched_class(cls: type, mixin: type) -> type:
+    """The subclass of `cls` that an instance steps into; the same one for every instance."""
+    original = cls.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._prefix_forward(original, args, kwargs)
+
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_prefix_fast_class": cls,
+        "forward": forward,
+    }
+    return type(cls.__name__, (mixin, cls), namespace)
+
+
+def _rebuild(cls: type, mixin: type) -> Any:
+    """A bare instance for copy and pickle, in a process that may not have patched anything yet."""
+    hub.register()
+    return object.__new__(patched_class(cls, mixin))
+
+
+def is_patched(model: Any) -> bool:
+    """Whether the model's class is one of ours."""
+    return "_prefix_fast_class" in type(model).__dict__
+
+
+def step_in(model: Any, mixin: type, state: Any) -> None:
+    """Give the model our class, with `state`."""
+    model.__dict__[STATE] = state
+    model.__class__ = patched_class(type(model), mixin)
+
+
+def step_out(model: Any) -> Any:
+    """Give the model its own class back; returns the state it had."""
+    model.__class__ = type(model)._prefix_fast_class
+    return model.__dict__.pop(STATE)
+
+
+def forward_parameters(model: Any) -> tuple[str, ...]:
+    """The names of the forward's parameters, in order."""
+    return tuple(inspect.signature(model.forward).parameters)

@@ -1,0 +1,176 @@
+"""The adapter to transformers' attention interface: our attention function, and the prefix it is handed.
+
+    fn(module, query [B, H, Tq, D], key, value [B, Hkv, Tk, D], mask, scaling=, dropout=, **kwargs) -> ([B, Tq, H, D], None)
+
+The prefix comes down the model's forward as one more keyword argument, a `PrefixContext`. A call without it belongs to
+a model that is not patched but shares its config with one that is, or to attention that reads no prefix (GPT-2's
+cross-attention): it runs the attention implementation that the config had before, which the registered name tells.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_fast.functional import Segment, segment_attention
+from prefix_fast.models.masks import OwnMask, Visible, make_own_mask
+
+KEYWORD = "prefix_fast"
+# config._attn_implementation before → after. The name alone tells what to restore and what an unpatched model runs.
+ATTENTION_NAMES = {
+    "sdpa": "prefix_fast",
+    "eager": "prefix_fast_eager",
+    "flash_attention_2": "prefix_fast_fa2",
+    "flash_attention_3": "prefix_fast_fa3",
+    "flash_attention_4": "prefix_fast_fa4",
+    "flex_attention": "prefix_fast_flex",
+}
+ORIGINAL_NAMES = {name: original for original, name in ATTENTION_NAMES.items()}
+
+
+class PrefixContext:
+    """One forward's prefix: keys and values per layer, [1, Hkv, P, D] each, views of one stacked tensor.
+
+    Args:
+        states: the stacked keys and values, [L, 1, Hkv, P, D] each; None: no prefix.
+        backend: as in `prefix_attention`.
+        in_window: the prefix's positions count in a sliding window, and leave it (PEFT's numbers).
+    """
+
+    def __init__(self, states: tuple[Tensor, Tensor] | None, backend: str, in_window: bool = False) -> None:
+        self.backend = backend
+        self.in_window = in_window
+        self.length = 0 if states is None else states[0].shape[-2]
+        self.keys: tuple[Tensor, ...] = () if states is None else states[0].unbind(0)
+        self.values: tuple[Tensor, ...] = () if states is None else states[1].unbind(0)
+        self.needs_grad = states is not None and (states[0].requires_grad or states[1].requires_grad)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: OwnMask | Tensor | None,
+        *,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **ignored: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of one layer to the prefix and the own tokens: what the interface asks of an attention function."""
+        if self.needs_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "prefix_fast: expected the layers to run with gradients as the prefix does, got a layer under no_grad, as"
+                " reentrant gradient checkpointing runs it, where the prefix would get no gradient; use"
+                " use_reentrant=False"
+            )
+        visible = self._visible(query, mask)
+        index = module.layer_idx
+        segments = [Segment(self.keys[index], self.values[index], in_window=self.in_window)] if self.keys else []
+        out = segment_attention(
+            query,
+            key,
+            value,
+            segments,
+            key_mask=visible.key_mask,
+            attn_bias=visible.attn_bias,
+            is_causal=visible.is_causal,
+            query_offset=visible.query_offset,
+            window=visible.window,
+            softcap=softcap,
+            sinks=s_aux,
+            dropout_p=dropout,
+            scale=scaling,
+            backend=self.backend,
+        )
+        return out.transpose(1, 2), None  # type: ignore[union-attr]
+
+    def _visible(self, query: Tensor, mask: OwnMask | Tensor | None) -> Visible:
+        if isinstance(mask, OwnMask):
+            visible = mask.visible(query.dtype, self.length if self.in_window else 0)
+            if self.in_window and visible.attn_bias is not None and mask.request.get("local_size") is not None:
+                raise NotImplementedError(
+                    "prefix_fast: expected full or sliding-window attention, got a local pattern (chunks, or packed"
+                    " texts in a window) in a PeftModel, where PEFT counts the prefix's positions; unpatch the model"
+                )
+            return visible
+        if mask is None:
+            return Visible(None, None, True, None, None)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros((), dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+        return Visible(None, mask.to(query.dtype), False, None, None)
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that is registered with transformers."""
+    context = kwargs.pop(KEYWORD, None)
+    if context is not None:
+        return context.attend(module, query, key, value, attention_mask, **kwargs)
+    original = ORIGINAL_NAMES[module.config._attn_implementation]
+    if isinstance(attention_mask, OwnMask):
+        attention_mask = attention_mask.materialised(original)
+    return _original_function(module, original)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _original_function(module: nn.Module, original: str) -> Callable:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(original, default)
+    if function is None:
+        raise NotImplementedError(
+            f"prefix_fast: expected {type(module).__module__} to define eager_attention_forward, which a model that"
+            " shares its config with a patched model runs; give the models separate configs"
+        )
+    return function
+
+
+def register() -> None:
+    """Make the names known to transformers. Does nothing the second time."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for name in ORIGINAL_NAMES:
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, make_own_mask)
+
+
+def original_attention(config: Any) -> str:
+    """The attention implementation that the config has, or had before a model that uses it was patched."""
+    name = config._attn_implementation or "sdpa"
+    return ORIGINAL_NAMES.get(name, name)
+
+
+def enter_attention(model: Any) -> None:
+    """Point the model's config at our attention function.
+
+    Raises:
+        NotImplementedError: the model's attention does not go through the interface.
+    """
+    register()
+    original = original_attention(model.config)
+    name = ATTENTION_NAMES.get(original)
+    where = f"patch: expected a model whose attention goes through transformers' attention interface, got {type(model).__name__}"
+    if name is None:
+        raise NotImplementedError(
+            f"{where} with attn_implementation={original!r}; load it with one of {sorted(ATTENTION_NAMES)}"
+        )
+    if not model._can_set_attn_implementation():
+        raise NotImplementedError(f"{where}, which computes attention in its own modules; it cannot be patched")
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise NotImplementedError(f"{where}, which does not take another implementation; it cannot be patched")
+
+
+def leave_attention(model: Any) -> None:
+    """Give the model's config back the implementation that `enter_attention` replaced."""
+    original = original_attention(model.config)
+    if model.config._attn_implementation != original:
+        model.set_attn_implementation(original)

@@ -1,0 +1,312 @@
+"""Head and loss on the labelled positions only, for models whose forward is base → head → causal language model loss.
+
+    hidden = base(...)                  [B, T, hidden]
+    rows   = hidden[labels ≠ ignored]   [N, hidden], the states that predict a label
+    loss   = loss_function(head(rows))  the model's own, with its num_items_in_batch and ignore_index
+
+The full logits [B, T, vocabulary] are computed, with their graph, when something first reads them. Whether a class is of
+that form is read from the source of its forward, statement by statement; any other statement and the class keeps its own
+path, so a new model is slow at worst.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+# What classes do to the logits between head and loss; each key is the statement as ast.unparse writes it.
+_SCALINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "logits = logits / self.config.logits_scaling": lambda model, x: x / model.config.logits_scaling,
+    "logits = logits * self.logit_scale": lambda model, x: x * model.logit_scale,
+    "if self.config.final_logit_softcapping is not None:\n"
+    "    logits = logits / self.config.final_logit_softcapping\n"
+    "    logits = torch.tanh(logits)\n"
+    "    logits = logits * self.config.final_logit_softcapping": lambda model, x: _softcapped(model, x),
+}
+_HIDDEN = {
+    "hidden_states = {0}.last_hidden_state",
+    "hidden_states = {0}[0]",
+    "hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)",
+    "slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep",
+}
+_HEAD_INPUTS = {"hidden_states", "hidden_states[:, slice_indices, :]"}
+_LOSS_CALLS = {"labels", "logits", "self.config.vocab_size", "self.vocab_size", "kwargs"}
+
+
+def _softcapped(model: Any, logits: Tensor) -> Tensor:
+    cap = model.config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@dataclass
+class LossPlan:
+    """How a class's forward goes from its base to its output.
+
+    Attributes:
+        base: the attributes from the model to its base, as ("model", "decoder").
+        base_arguments: arguments of the forward that the base gets: its own name → the forward's name.
+        extra_arguments: whether the base also gets all remaining keywords.
+        head: the attribute of the head.
+        scalings: what is done to the logits after the head.
+        output_class: the class of the output.
+        output_fields: fields of the output → fields of the base's output.
+    """
+
+    base: tuple[str, ...] = ()
+    base_arguments: dict[str, str] = field(default_factory=dict)
+    extra_arguments: bool = False
+    head: str = ""
+    scalings: tuple[str, ...] = ()
+    output_class: type | None = None
+    output_fields: dict[str, str] = field(default_factory=dict)
+
+    def logits(self, model: Any, hidden: Tensor) -> Tensor:
+        """Head and scalings: [..., hidden] → [..., vocabulary]."""
+        logits = getattr(model, self.head)(hidden)
+        for statement in self.scalings:
+            logits = _SCALINGS[statement](model, logits)
+        return logits
+
+
+class _OtherForm(Exception):  # noqa: N818 - a signal within this module
+    """The forward does something that a LossPlan cannot say."""
+
+
+@functools.cache
+def loss_plan(model_class: type) -> LossPlan | None:
+    """The plan of a class, or None if its forward is not base → head → loss or its source cannot be read."""
+    forward = inspect.unwrap(model_class.forward)  # type: ignore[attr-defined]
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+        if not isinstance(function, ast.FunctionDef):
+            return None
+        return _Reader(function, forward).plan()
+    except (OSError, TypeError, SyntaxError, _OtherForm):
+        return None
+
+
+class _Reader:
+    """Walks the statements of a forward and takes note of each, or raises `_OtherForm`."""
+
+    def __init__(self, function: ast.FunctionDef, forward: Callable) -> None:
+        self.statements = function.body
+        self.parameters = [argument.arg for argument in function.args.args]
+        self.forward = forward
+        self.found = LossPlan()
+        self.outputs = ""
+        self.has_loss = False
+
+    def plan(self) -> LossPlan:
+        for statement in self.statements:
+            text = ast.unparse(statement)
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                continue
+            if text in _SCALINGS and self.found.head:
+                self.found.scalings = (*self.found.scalings, text)
+            elif isinstance(statement, ast.Return):
+                self._output(statement)
+            elif isinstance(statement, ast.If):
+                self._loss(statement)
+            elif text != "loss = None" and text not in {form.format(self.outputs) for form in _HIDDEN}:
+                self._assignment(statement)
+        found = self.found
+        if not (found.base and found.head and found.output_class and self.has_loss):
+            raise _OtherForm
+        return found
+
+    def _assignment(self, statement: ast.stmt) -> None:
+        if isinstance(statement, ast.AnnAssign):
+            target, value = statement.target, statement.value
+        elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target, value = statement.targets[0], statement.value
+        else:
+            raise _OtherForm
+        if not isinstance(target, ast.Name) or not isinstance(value, ast.Call):
+            raise _OtherForm
+        if target.id == "logits":
+            self._head(value)
+        elif not self.found.base:
+            self._base(target.id, value)
+        else:
+            raise _OtherForm
+
+    def _head(self, call: ast.Call) -> None:
+        if ast.unparse(call.func).endswith(".contiguous") and isinstance(call.func, ast.Attribute):
+            call = call.func.value if isinstance(call.func.value, ast.Call) else call
+        names = _attributes(call.func)
+        if self.found.head or len(names) != 1 or call.keywords or len(call.args) != 1:
+            raise _OtherForm
+        if ast.unparse(call.args[0]) not in _HEAD_INPUTS:
+            raise _OtherForm
+        self.found.head = names[0]
+
+    def _base(self, outputs: str, call: ast.Call) -> None:
+        self.found.base, self.outputs = _attributes(call.func), outputs
+        values = [*enumerate(call.args), *((keyword.arg, keyword.value) for keyword in call.keywords)]
+        for name, value in values:
+            if not isinstance(value, ast.Name):
+                raise _OtherForm
+            if name is None:
+                self.found.extra_arguments = True
+            elif value.id not in self.parameters or (name == 0 and value.id != "input_ids") or name in range(1, 99):
+                raise _OtherForm
+            else:
+                self.found.base_arguments["input_ids" if name == 0 else str(name)] = value.id
+
+    def _loss(self, statement: ast.If) -> None:
+        body = statement.body
+        if ast.unparse(statement.test) != "labels is not None" or statement.orelse or len(body) != 1:
+            raise _OtherForm
+        call = body[0].value if isinstance(body[0], ast.Assign) else None
+        if not isinstance(call, ast.Call) or ast.unparse(body[0]).split("(")[0] != "loss = self.loss_function":
+            raise _OtherForm
+        given = {ast.unparse(value) for value in [*call.args, *(keyword.value for keyword in call.keywords)]}
+        if not given <= _LOSS_CALLS:
+            raise _OtherForm
+        self.has_loss = True
+
+    def _output(self, statement: ast.Return) -> None:
+        call = statement.value
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise _OtherForm
+        for keyword in call.keywords:
+            text = ast.unparse(keyword.value)
+            if keyword.arg in ("loss", "logits") and text == keyword.arg:
+                continue
+            if keyword.arg is None or not text.startswith(f"{self.outputs}.") or text.count(".") != 1:
+                raise _OtherForm
+            self.found.output_fields[keyword.arg] = text.split(".")[1]
+        self.found.output_class = self.forward.__globals__[call.func.id]
+
+
+def _attributes(node: ast.expr) -> tuple[str, ...]:
+    """("a", "b") of `self.a.b`."""
+    names = ast.unparse(node).split(".")
+    if names[0] != "self" or len(names) < 2 or not all(name.isidentifier() for name in names):
+        raise _OtherForm
+    return tuple(names[1:])
+
+
+def can_fuse(model: Any, arguments: dict[str, Any]) -> bool:
+    """Whether this call is one that the plan covers: the standard loss, all logits, an output with names."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    keep = arguments.get("logits_to_keep", 0)
+    return_dict = arguments.get("return_dict")
+    return_dict = getattr(model.config, "return_dict", True) if return_dict is None else return_dict
+    return bool(return_dict) and isinstance(keep, int) and keep == 0 and model.loss_function is ForCausalLMLoss
+
+
+def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
+    """The forward of a training call with labels.
+
+    Args:
+        model: the patched model.
+        plan: of its class.
+        arguments: the call's, by name, with the prefix and shifted positions.
+
+    Raises:
+        ValueError: labels of another shape than the tokens.
+    """
+    rest = dict(arguments)
+    rest.pop("logits_to_keep", None)
+    rest.pop("return_dict", None)
+    labels = rest.pop("labels")
+    loss_arguments = {name: rest.pop(name) for name in LOSS_ARGUMENTS if name in rest}
+    given = {inner: rest.pop(outer, None) for inner, outer in plan.base_arguments.items()}
+    base = functools.reduce(getattr, plan.base, model)
+    outputs = base(**given, **(rest if plan.extra_arguments else {}))
+    hidden = outputs.last_hidden_state
+
+    ignored = loss_arguments.get("ignore_index", -100)
+    targets = loss_arguments.pop("shift_labels", None)
+    if targets is None:
+        targets = torch.nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{type(model).__name__}: expected labels {tuple(hidden.shape[:-1])}, one for each token, got"
+            f" {tuple(targets.shape)}; pad labels as the tokens are padded, with {ignored}"
+        )
+    targets = targets.to(hidden.device)
+    # The number of labels is data: a compiled graph keeps all rows instead.
+    compiling = torch.compiler.is_compiling()
+    rows, targets = (hidden, targets) if compiling else (hidden[targets != ignored], targets[targets != ignored])
+    logits = plan.logits(model, rows)
+    loss = model.loss_function(
+        logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, **loss_arguments
+    )
+    fields = {name: getattr(outputs, inner, None) for name, inner in plan.output_fields.items()}
+    if plan.output_class is None or compiling:
+        return plan.output_class(loss=loss, logits=None, **fields)  # type: ignore[misc]
+    return lazy_output(plan.output_class, functools.partial(plan.logits, model, hidden), loss=loss, **fields)
+
+
+class _Unread:
+    """Stands where the logits will be, in the output's order of fields."""
+
+
+def lazy_output(output_class: type, compute: Callable[[], Tensor], **fields: Any) -> Any:
+    """An output of (a subclass of) `output_class` whose `logits` are computed when first read.
+
+    Gradient mode and autocast are those of now, not of the moment of reading.
+    """
+    output = _lazy_class(output_class)(**fields, logits=_Unread())
+    device = fields["loss"].device.type
+    state = (torch.is_grad_enabled(), device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def run() -> Tensor:
+        grad, where, autocast, dtype = state
+        with torch.set_grad_enabled(grad), torch.autocast(where, dtype=dtype, enabled=autocast):
+            return compute()
+
+    output.__dict__["_compute_logits"] = run
+    return output
+
+
+@functools.cache
+def _lazy_class(output_class: Any) -> Any:
+    class LazyOutput(output_class):
+        def _read(self) -> None:
+            run = self.__dict__.pop("_compute_logits", None)
+            if run is not None:
+                self["logits"] = run()
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "logits":
+                self._read()
+            return super().__getattribute__(name)
+
+        def __getitem__(self, key: Any) -> Any:
+            if isinstance(key, int):
+                key = tuple(self.keys())[key]
+            if key != "loss":
+                self._read()
+            return dict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+        def items(self) -> Any:
+            self._read()
+            return super().items()
+
+        def values(self) -> Any:
+            self._read()
+            return super().values()
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            return self[key] if key in self else default
+
+        def __reduce__(self) -> Any:
+            self._read()
+            return output_class, tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+    LazyOutput.__name__ = LazyOutput.__qualname__ = output_class.__name__
+    LazyOutput.__module__ = output_class.__module__
+    return LazyOutput

@@ -1,0 +1,181 @@
+"""`patch` and `unpatch`: give a model a prefix, and take it away again without a trace."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+
+from prefix_fast.geometry import model_geometry
+from prefix_fast.models import admission, families, hosts, hub
+from prefix_fast.prefix import Prefix, PrefixConfig
+
+_BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+def patch(
+    model: Any,
+    prefix: int | str | PathLike[str] | PrefixConfig | Prefix | None = None,
+    *,
+    backend: str = "auto",
+    freeze: bool = True,
+    fused_loss: bool = True,
+    compute_dtype: torch.dtype | None = None,
+) -> Any:
+    """Give a model a prefix: keys and values in every layer that all tokens attend to, outside the key/value cache.
+
+    A model that is patched already gets the new prefix instead of the old one. If anything raises, the model is as it was.
+
+    Args:
+        model: a decoder-only transformers model, or a PeftModel (causal language model) whose active adapter is prefix
+            tuning: its own adapter is the prefix, and parameters, files, losses and tokens stay PEFT's.
+        prefix: None: a fresh `PrefixConfig()`; an int: that many virtual tokens (0: no prefix); a PrefixConfig; a Prefix;
+            a folder or Hub id. None for a PeftModel.
+        backend: of the operator, as in `prefix_attention`.
+        freeze: freeze the language model; `model.prefix` is then the only trainable module, and the only one saved.
+        fused_loss: with labels in training mode, run head and loss on the labelled positions only; the output's `logits`
+            are computed when first read (None under torch.compile).
+        compute_dtype: run every forward under autocast of this dtype, bfloat16 or float16. None: as called.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: an argument of another type. ValueError: a prefix for another model, an unknown backend, arguments that
+            contradict each other. NotImplementedError: a model that cannot be patched, with the reason.
+    """
+    _check_options(backend, compute_dtype)
+    if _is_peft(model):
+        from prefix_fast.models import peft
+
+        if prefix is not None or not freeze:
+            raise ValueError(
+                "patch: expected neither prefix nor freeze=False for a PeftModel, whose active adapter is the prefix and"
+                " says what is trained; leave them out"
+            )
+        if peft.is_patched(model):
+            unpatch(model)
+        return peft.patch_peft(model, backend, fused_loss, compute_dtype)
+
+    admission.check_model(model)
+    was = None
+    if hosts.is_patched(model):
+        if not isinstance(model, hosts.PrefixHost):
+            raise ValueError("patch: expected the PeftModel around this patched model; patch or unpatch that one")
+        was = model.__dict__[hosts.STATE]
+    elif hasattr(model, "prefix"):
+        raise NotImplementedError(
+            f"patch: expected a model without an attribute `prefix`, got {type(model).__name__}; it cannot be patched"
+        )
+    geometry = model_geometry(model.config)
+    module = _prefix_module(prefix, model)
+    if was is None:
+        _enter(model, geometry)
+    else:
+        _restore_grad(model, was)
+    parameters = dict(model.named_parameters()) if freeze else {}
+    state = hosts.HostState(
+        backend=backend,
+        fused_loss=fused_loss,
+        compute_dtype=compute_dtype,
+        attention=model.config._attn_implementation,
+        positions=admission.checked_positions(model),
+        limit=families.position_limit(model),
+        parameters=hosts.forward_parameters(model),
+        requires_grad={
+            name: parameter.requires_grad for name, parameter in parameters.items() if not name.startswith("prefix.")
+        }
+        if freeze
+        else None,
+    )
+    for name in state.requires_grad or ():
+        parameters[name].requires_grad_(False)
+    if module is not None:
+        module.to(model.get_input_embeddings().weight.device).train(model.training)
+    model.register_module("prefix", module)
+    if was is None:
+        hosts.step_in(model, hosts.PrefixHost, state)
+    else:
+        model.__dict__[hosts.STATE] = state
+    return model
+
+
+def unpatch(model: Any) -> Any:
+    """Take the prefix away: class, forward, attention, `requires_grad` are as they were before `patch`.
+
+    Args:
+        model: what `patch` returned.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if _is_peft(model):
+        from prefix_fast.models import peft
+
+        if peft.is_patched(model):
+            return peft.unpatch_peft(model)
+    elif hosts.is_patched(model) and isinstance(model, hosts.PrefixHost):
+        state = hosts.step_out(model)
+        hub.leave_attention(model)
+        _restore_grad(model, state)
+        del model._modules["prefix"]
+        return model
+    raise ValueError(f"unpatch: expected a model that patch returned, got {type(model).__name__}; patch it first")
+
+
+def _enter(model: Any, geometry: Any) -> None:
+    """Point the config at our attention, and back if the model turns out not to fit."""
+    admission.check_checkpointing(model)
+    admission.checked_positions(model)
+    hub.enter_attention(model)
+    try:
+        admission.run_trial(model, geometry)
+    except BaseException:
+        hub.leave_attention(model)
+        raise
+
+
+def _restore_grad(model: Any, state: hosts.HostState) -> None:
+    parameters = dict(model.named_parameters())
+    for name, requires_grad in (state.requires_grad or {}).items():
+        if name in parameters:
+            parameters[name].requires_grad_(requires_grad)
+
+
+def _prefix_module(prefix: Any, model: Any) -> Prefix | None:
+    if isinstance(prefix, bool) or not isinstance(prefix, (int, str, PathLike, PrefixConfig, Prefix, type(None))):
+        raise TypeError(
+            "patch: expected prefix to be None, an int, a PrefixConfig, a Prefix, a folder or a Hub id, got"
+            f" {type(prefix).__name__}; pass one of these"
+        )
+    if isinstance(prefix, int):
+        if prefix < 0:
+            raise ValueError(f"patch: expected prefix >= 0 virtual tokens, got {prefix}; pass 0 for none")
+        if prefix == 0:
+            return None
+        prefix = PrefixConfig(num_virtual_tokens=prefix)
+    if isinstance(prefix, (str, PathLike)):
+        return Prefix.from_pretrained(prefix, model_config=model.config)
+    if isinstance(prefix, Prefix):
+        prefix.check_fits(model.config)
+        return prefix
+    return Prefix(prefix or PrefixConfig(), model.config)
+
+
+def _check_options(backend: str, compute_dtype: torch.dtype | None) -> None:
+    if backend not in _BACKENDS:
+        raise ValueError(f"patch: expected backend to be one of {', '.join(_BACKENDS)}, got {backend!r}")
+    if compute_dtype not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"patch: expected compute_dtype to be torch.bfloat16 or torch.float16, got {compute_dtype}; leave it out to"
+            " compute in the model's own dtype"
+        )
+
+
+def _is_peft(model: Any) -> bool:
+    """Whether the model is a PeftModel, without importing PEFT for the question."""
+    return any(cls.__module__.startswith("peft.") and cls.__name__ == "PeftModel" for cls in type(model).__mro__)
