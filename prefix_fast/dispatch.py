@@ -70,7 +70,6 @@ def facts_of(problem: Problem) -> Facts:
     return Facts(query.device.type, query.dtype, head_dim, uses)
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: tuple[str, ...]) -> str:
     """The name of the backend that runs a call with these facts.
 
@@ -95,3 +94,8 @@ def choose(backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: t
         f"prefix_fast: expected a call that {source}={backend!r} can run, got {dtype} on {device} with head dim "
         f"{head_dim} and {', '.join(uses) or 'no special argument'}. {listed}. Pass backend='auto' for another"
     )
+
+
+# Tracing takes the choice as a constant. This is what torch.compiler.assume_constant_result does, which first imports
+# torch._dynamo: as long as importing torch itself.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
