@@ -90,11 +90,9 @@ def save(stored: StoredPrefix, directory: str | PathLike[str], format: str = "au
 
 
 def _peft_cannot(stored: StoredPrefix) -> str | None:
-    """Why PEFT's format cannot express the prefix; None: it can."""
+    """Why PEFT's format cannot express the prefix; None: it can. An empty one it can: PEFT reads it as no prefix."""
     if set(stored.sites) != {"decoder"}:
         return f"it has prefixes at {sorted(stored.sites)}, PEFT has them at the decoder's self-attention alone"
-    if stored.num_virtual_tokens == 0:
-        return "it is empty, and PEFT's caches hold at least one token"
     return None
 
 

@@ -80,10 +80,9 @@ def model_geometry(model_config: Any) -> Geometry:
         )
     if hasattr(model_config, "get_text_config") and not getattr(model_config, "is_encoder_decoder", False):
         model_config = model_config.get_text_config(decoder=True)
-    _refuse_other_caches(model_config)
     if not getattr(model_config, "is_heterogeneous", False):
-        return _uniform_geometry(model_config)
-    num_layers = _first(model_config, "num_hidden_layers")
+        return _uniform_geometry(model_config, None)
+    num_layers = model_config.num_hidden_layers
     layers = {_uniform_geometry(model_config.per_layer_config[i], num_layers) for i in range(num_layers)}
     if len(layers) > 1:
         found = sorted((layer.num_kv_heads, layer.head_dim) for layer in layers)
@@ -94,7 +93,8 @@ def model_geometry(model_config: Any) -> Geometry:
     return layers.pop()
 
 
-def _uniform_geometry(model_config: Any, num_layers: int | None = None) -> Geometry:
+def _uniform_geometry(model_config: Any, num_layers: int | None) -> Geometry:
+    _refuse_other_caches(model_config)
     where = f"model_geometry of {model_config.model_type}"
     layers = num_layers or _required(model_config, where, "num_hidden_layers", "n_layer", "num_layers")
     heads = _required(model_config, where, "num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -140,6 +140,8 @@ def _refuse_other_caches(model_config: Any) -> None:
         reason = "has layers that read another layer's keys and values (num_kv_shared_layers)"
     elif getattr(model_config, "global_head_dim", None) is not None:
         reason = "has layers of different shapes (global_head_dim)"
+    elif getattr(model_config, "v_head_dim", None) not in (None, getattr(model_config, "head_dim", None)):
+        reason = "has values of another width than its keys (v_head_dim)"
     elif other_layers:
         reason = f"has layers without an ordinary key/value cache ({', '.join(sorted(other_layers))})"
     if reason is not None:
