@@ -6,6 +6,7 @@ gradients. Their arguments are the fields of `Problem` in plain form, followed b
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any, NoReturn
@@ -42,6 +43,7 @@ def segment_attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     return torch.ops.prefix_fast.segment_attention(*_to_arguments(problem, backend))
 
 
+@functools.cache
 def load_backend(name: str) -> ModuleType:
     """The module that serves the backend `name`, imported at the first use."""
     return importlib.import_module(BACKEND_MODULES[name])

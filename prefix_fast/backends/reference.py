@@ -124,7 +124,8 @@ def attention(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tenso
     parts = _segment_keys(problem, query_position)
     parts.append(_own_keys(problem, key, value, query_position, key_count))
 
-    out, lse = _softmax_over_parts(problem, query.to(dtype), [_in_dtype(part, dtype) for part in parts])
+    with torch.autocast(query.device.type, enabled=False):  # inputs were cast already; `dtype` holds in here
+        out, lse = _softmax_over_parts(problem, query.to(dtype), [_in_dtype(part, dtype) for part in parts])
     out = out.to(problem.query.dtype)
     if problem.cu_seqlens_q is not None:
         row, token = _token_index(problem.cu_seqlens_q, problem.query.shape[0])
