@@ -1,0 +1,304 @@
+// Python's view of the kernels: reads the attributes of a Problem (prefix_fast/backends/problem.py) and of
+// its tensors into raw pointers and strides. No torch header is needed: one build serves every torch release.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/problem.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+using prefix_fast::DType;
+using prefix_fast::Grads;
+using prefix_fast::Problem;
+using prefix_fast::Saved;
+using prefix_fast::SegmentGrads;
+using prefix_fast::SegmentSet;
+using prefix_fast::TokenView;
+
+namespace {
+
+// Attribute names as Python strings, made once; looking up by char* would build one for every access. Never
+// freed: module teardown may come after the interpreter's.
+struct Names {
+    py::str query{"query"}, key{"key"}, value{"value"}, sets{"sets"}, ids{"ids"}, lengths{"lengths"};
+    py::str cu_seqlens{"cu_seqlens"}, cu_seqlens_q{"cu_seqlens_q"}, cu_seqlens_k{"cu_seqlens_k"};
+    py::str max_seqlen_q{"max_seqlen_q"}, key_mask{"key_mask"}, attn_bias{"attn_bias"},
+        is_causal{"is_causal"};
+    py::str query_offset{"query_offset"}, dropout_p{"dropout_p"}, dropout_seed{"dropout_seed"},
+        scale{"scale"};
+    py::str data_ptr{"data_ptr"}, stride{"stride"}, shape{"shape"}, dtype{"dtype"};
+};
+
+const Names& names() {
+    static const Names* all = new Names();
+    return *all;
+}
+
+struct DTypes {
+    py::module_ torch = py::module_::import("torch");
+    py::object float32 = torch.attr("float32"), bfloat16 = torch.attr("bfloat16"),
+               float16 = torch.attr("float16");
+    py::object int64 = torch.attr("int64"), int32 = torch.attr("int32"), int16 = torch.attr("int16");
+    py::object int8 = torch.attr("int8"), uint8 = torch.attr("uint8");
+};
+
+const DTypes& dtypes() {
+    static const DTypes* all = new DTypes();
+    return *all;
+}
+
+py::object get(py::handle object, const py::str& name) {
+    PyObject* found = PyObject_GetAttr(object.ptr(), name.ptr());
+    if (found == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+}
+
+constexpr int kMaximumRank = 4;
+
+struct TensorInfo {
+    char* data = nullptr;
+    int rank = 0;
+    int64_t size[kMaximumRank] = {}, stride[kMaximumRank] = {};  // elements
+    py::object dtype;
+};
+
+TensorInfo describe(py::handle tensor) {
+    TensorInfo info;
+    const auto shape = py::reinterpret_borrow<py::tuple>(get(tensor, names().shape));
+    PyObject* pointer = PyObject_CallMethodNoArgs(tensor.ptr(), names().data_ptr.ptr());
+    if (pointer == nullptr) throw py::error_already_set();
+    info.data = static_cast<char*>(PyLong_AsVoidPtr(py::reinterpret_steal<py::object>(pointer).ptr()));
+    PyObject* strides = PyObject_CallMethodNoArgs(tensor.ptr(), names().stride.ptr());
+    if (strides == nullptr) throw py::error_already_set();
+    const auto stride = py::reinterpret_steal<py::tuple>(strides);
+    info.rank = static_cast<int>(shape.size());
+    if (info.rank > kMaximumRank) throw std::invalid_argument("expected tensors of at most 4 dimensions");
+    for (int d = 0; d < info.rank; ++d) {
+        info.size[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d));
+        info.stride[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d));
+    }
+    info.dtype = get(tensor, names().dtype);
+    return info;
+}
+
+DType float_type(const TensorInfo& info) {
+    if (info.dtype.is(dtypes().float32)) return DType::kFloat32;
+    if (info.dtype.is(dtypes().bfloat16)) return DType::kBFloat16;
+    if (info.dtype.is(dtypes().float16)) return DType::kFloat16;
+    throw py::type_error("cpu backend: expected float32, bfloat16 or float16, got " +
+                         py::str(info.dtype).cast<std::string>());
+}
+
+int64_t bytes_of(DType dtype) {
+    return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+template <class T>
+std::vector<int64_t> copy_ints(const TensorInfo& info, int64_t count) {
+    std::vector<int64_t> values(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = reinterpret_cast<const T*>(info.data)[i * info.stride[0]];
+    return values;
+}
+
+// A 0- or 1-dimensional integer tensor.
+std::vector<int64_t> read_ints(py::handle tensor) {
+    const TensorInfo info = describe(tensor);
+    const int64_t count = info.rank == 0 ? 1 : info.size[0];
+    if (info.dtype.is(dtypes().int64)) return copy_ints<int64_t>(info, count);
+    if (info.dtype.is(dtypes().int32)) return copy_ints<int32_t>(info, count);
+    if (info.dtype.is(dtypes().int16)) return copy_ints<int16_t>(info, count);
+    if (info.dtype.is(dtypes().int8)) return copy_ints<int8_t>(info, count);
+    if (info.dtype.is(dtypes().uint8)) return copy_ints<uint8_t>(info, count);
+    throw py::type_error("cpu backend: expected an integer tensor, got " +
+                         py::str(info.dtype).cast<std::string>());
+}
+
+// [B, H, T(, D)], or packed [total, H(, D)] with the first token of each row in `start`.
+TokenView token_view(const TensorInfo& info, const std::vector<int64_t>& start) {
+    TokenView view;
+    view.data = info.data;
+    view.dtype = float_type(info);
+    const int64_t bytes = bytes_of(view.dtype);
+    if (start.empty()) {
+        view.row = info.stride[0] * bytes;
+        view.head = info.stride[1] * bytes;
+        view.token = info.stride[2] * bytes;
+    } else {
+        view.token = info.stride[0] * bytes;
+        view.head = info.stride[1] * bytes;
+        view.start = start.data();
+    }
+    return view;
+}
+
+TokenView optional_view(py::handle tensor, const std::vector<int64_t>& start) {
+    return tensor.is_none() ? TokenView{} : token_view(describe(tensor), start);
+}
+
+std::vector<int64_t> optional_ints(py::handle tensor) {
+    return tensor.is_none() ? std::vector<int64_t>{} : read_ints(tensor);
+}
+
+void read_set(py::handle source, int64_t rows, SegmentSet& set) {
+    const Names& n = names();
+    const TensorInfo key = describe(get(source, n.key));
+    set.start = optional_ints(get(source, n.cu_seqlens));
+    set.key = token_view(key, set.start);
+    set.value = token_view(describe(get(source, n.value)), set.start);
+    const bool packed = !set.start.empty();
+    const int64_t segments = packed ? static_cast<int64_t>(set.start.size()) - 1 : key.size[0];
+    set.extent.assign(segments, packed ? 0 : key.size[2]);
+    for (int64_t i = 0; packed && i < segments; ++i) set.extent[i] = set.start[i + 1] - set.start[i];
+    set.mean_extent = packed ? key.size[0] / (segments > 0 ? segments : 1) : key.size[2];
+    set.length = optional_ints(get(source, n.lengths));
+    if (set.length.empty()) set.length = set.extent;
+    set.ids = optional_ints(get(source, n.ids));
+    if (set.ids.empty()) set.ids.assign(rows, segments > 0 ? 0 : -1);
+}
+
+void read_bias(py::handle tensor, Problem& p) {
+    if (tensor.is_none()) return;
+    const TensorInfo info = describe(tensor);
+    p.bias = info.data;
+    p.bias_dtype = float_type(info);
+    int64_t* strides[kMaximumRank] = {&p.bias_row, &p.bias_head, &p.bias_query, &p.bias_key};
+    for (int d = 0; d < info.rank; ++d) {  // aligned at the last dimension; a dimension of one is repeated
+        *strides[kMaximumRank - info.rank + d] =
+            info.size[d] == 1 ? 0 : info.stride[d] * bytes_of(p.bias_dtype);
+    }
+}
+
+void read_mask(py::handle tensor, Problem& p) {
+    if (tensor.is_none()) return;
+    const TensorInfo info = describe(tensor);
+    p.key_mask = reinterpret_cast<const bool*>(info.data);
+    p.key_mask_row = info.stride[0];
+    p.key_mask_key = info.stride[1];
+}
+
+void read_offsets(py::handle offset, Problem& p) {
+    p.offset.resize(p.rows);
+    if (offset.is_none()) {
+        for (int64_t b = 0; b < p.rows; ++b) p.offset[b] = p.keys_of(b) - p.queries_of(b);
+    } else if (PyLong_Check(offset.ptr())) {
+        p.offset.assign(p.rows, offset.cast<int64_t>());
+    } else {
+        const std::vector<int64_t> values = read_ints(offset);
+        for (int64_t b = 0; b < p.rows; ++b) p.offset[b] = values.size() == 1 ? values[0] : values[b];
+    }
+}
+
+void read_dropout(py::handle source, Problem& p) {
+    const double rate = get(source, names().dropout_p).cast<double>();
+    p.dropout = rate > 0;
+    if (!p.dropout) return;
+    const double threshold = std::floor(rate * 4294967296.0);
+    p.dropout_threshold = threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold);
+    p.keep_scale = rate >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - rate));
+    p.seed = static_cast<uint64_t>(read_ints(get(source, names().dropout_seed)).at(0));
+}
+
+// Views hold pointers into the problem's own vectors, so it is filled in place and never copied.
+void read_problem(py::handle source, int threads, Problem& p) {
+    const Names& n = names();
+    const TensorInfo query = describe(get(source, n.query)), key = describe(get(source, n.key));
+    p.query_start = optional_ints(get(source, n.cu_seqlens_q));
+    p.key_start = optional_ints(get(source, n.cu_seqlens_k));
+    const bool packed = !p.query_start.empty();
+    p.rows = packed ? static_cast<int64_t>(p.query_start.size()) - 1 : query.size[0];
+    p.heads = query.size[1];
+    p.kv_heads = key.size[1];
+    p.head_dim = query.size[packed ? 2 : 3];
+    p.query = token_view(query, p.query_start);
+    p.key = token_view(key, p.key_start);
+    p.value = token_view(describe(get(source, n.value)), p.key_start);
+    p.query_len = packed ? 0 : query.size[2];
+    p.key_len = packed ? 0 : key.size[2];
+    p.longest_query = p.query_len;
+    for (int64_t b = 0; packed && b < p.rows; ++b)
+        p.longest_query = std::max(p.longest_query, p.queries_of(b));
+    const py::object bound = get(source, n.max_seqlen_q);
+    p.query_bound = !packed ? p.query_len : bound.is_none() ? query.size[0] : bound.cast<int64_t>();
+    const auto sets = py::reinterpret_borrow<py::tuple>(get(source, n.sets));
+    p.sets.resize(sets.size());
+    for (size_t s = 0; s < sets.size(); ++s) read_set(sets[s], p.rows, p.sets[s]);
+    read_mask(get(source, n.key_mask), p);
+    read_bias(get(source, n.attn_bias), p);
+    p.causal = get(source, n.is_causal).cast<bool>();
+    if (p.causal) read_offsets(get(source, n.query_offset), p);
+    read_dropout(source, p);
+    p.scale = get(source, n.scale).cast<float>();
+    p.threads = threads;
+}
+
+void run_forward(py::handle problem, py::handle out, py::handle lse, int threads) {
+    Problem p;
+    read_problem(problem, threads, p);
+    const TokenView out_view = token_view(describe(out), p.query_start);
+    const TokenView lse_view = token_view(describe(lse), p.query_start);
+    py::gil_scoped_release unlocked;
+    prefix_fast::forward(p, out_view, lse_view);
+}
+
+void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle grad_out,
+                  py::handle grad_lse, py::handle grads, int threads) {
+    const Names& n = names();
+    Problem p;
+    read_problem(problem, threads, p);
+    Saved saved{token_view(describe(out), p.query_start), token_view(describe(lse), p.query_start),
+                token_view(describe(grad_out), p.query_start), optional_view(grad_lse, p.query_start)};
+    Grads g;
+    g.query = optional_view(get(grads, n.query), p.query_start);
+    g.key = optional_view(get(grads, n.key), p.key_start);
+    g.value = optional_view(get(grads, n.value), p.key_start);
+    const auto sets = py::reinterpret_borrow<py::tuple>(get(grads, n.sets));
+    for (size_t s = 0; s < sets.size(); ++s) {
+        const auto pair = py::reinterpret_borrow<py::tuple>(sets[s]);
+        g.sets.push_back({optional_view(pair[0], p.sets[s].start), optional_view(pair[1], p.sets[s].start)});
+    }
+    py::gil_scoped_release unlocked;
+    prefix_fast::backward(p, saved, g);
+}
+
+// Names of the instruction sets that this CPU and its operating system run.
+py::list supported_isas() {
+    py::list isas;
+    isas.append("generic");
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) isas.append("avx2");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        isas.append("avx512");
+    }
+#endif
+    return isas;
+}
+
+bool has_openmp() {
+#if defined(_OPENMP)
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(PREFIX_FAST_MODULE, m) {
+    m.doc() = "Prefix attention on the CPU, compiled for one instruction set.";
+    m.def("forward", &run_forward);
+    m.def("backward", &run_backward);
+    m.def("supported_isas", &supported_isas);
+    m.def("has_openmp", &has_openmp);
+}

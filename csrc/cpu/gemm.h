@@ -1,0 +1,179 @@
+// The two register-tiled products of which all kernels are made. No operand is ever packed.
+//
+// Lane-major operands are groups of 16 lanes: X[g][r][16], `group stride` floats apart.
+//
+//   product_rows   C[g][r][lane] (+)= sum_k A(r, k) B[g][k][lane]       scores, dP (k = head dim); O, dQ (k =
+//   keys) product_lanes  C[r][d] += sum_{g, lane} A[g][r][lane] B[g * 16 + lane][d]                   dV, dK
+//
+// A(r, k) is read in place, element by element, as a broadcast: keys and values need no copy and no
+// transposition. Sums run over k in ascending order, whatever the tile: a lane's bits do not depend on how
+// many lanes there are.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace prefix_fast {
+
+constexpr int kGroup = 16;                // lanes of a group
+constexpr int kGroups = 4;                // groups of a block
+constexpr int kLanes = kGroup * kGroups;  // queries of a block
+
+// Vectors per strip of columns: four groups of one vector (32 registers), or one group of two (16 registers).
+constexpr int kStrip = kWidth == 16 ? 4 : 2;
+constexpr int kVectorsPerGroup = kGroup / kWidth;
+
+constexpr int max_rows(int vectors) {
+    if (kWidth == 16) return vectors == 1 ? 12 : vectors == 4 ? 6 : 8;
+    return kWidth == 8 ? 6 : 4;
+}
+
+// Which index of A is contiguous.
+enum class Contiguous { kInner, kRows };
+
+struct Matrix {
+    const float* data;
+    int64_t stride;  // of the index that is not contiguous
+};
+
+template <int R, int V, Contiguous Layout, bool Accumulate>
+PF_INLINE void rows_tile(int64_t inner, const float* a, int64_t a_stride, const float* b, float* c,
+                         int64_t b_step, int64_t c_step) {
+    Vec sum[R][V];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = Accumulate ? load(c + r * kGroup + v * c_step) : Vec{};
+    }
+    for (int64_t k = 0; k < inner; ++k) {
+        Vec column[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) column[v] = load(b + k * kGroup + v * b_step);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const Vec x = broadcast(Layout == Contiguous::kInner ? a[r * a_stride + k] : a[k * a_stride + r]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(c + r * kGroup + v * c_step, sum[r][v]);
+    }
+}
+
+template <int R, int V>
+PF_INLINE void lanes_tile(int groups, const float* a, int64_t a_group, const float* b, int64_t b_stride,
+                          float* c, int64_t c_stride) {
+    Vec sum[R][V];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = load(c + r * c_stride + v * kWidth);
+    }
+    for (int g = 0; g < groups; ++g) {
+        const float* x = a + g * a_group;
+        for (int lane = 0; lane < kGroup; ++lane, b += b_stride) {
+            Vec column[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) column[v] = load(b + v * kWidth);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                const Vec weight = broadcast(x[r * kGroup + lane]);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) sum[r][v] = fma(weight, column[v], sum[r][v]);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kWidth, sum[r][v]);
+    }
+}
+
+// Call f<R>(first row) over `rows` rows in tiles of nearly equal height, at most Max.
+template <int Max, class F>
+PF_INLINE void for_row_tiles(int64_t rows, F&& f) {
+    int64_t tiles = (rows + Max - 1) / Max;
+    for (int64_t row = 0; row < rows; --tiles) {
+        const int64_t height = (rows - row + tiles - 1) / tiles;
+        f(row, static_cast<int>(height));
+        row += height;
+    }
+}
+
+template <int R, class F>
+PF_INLINE void with_height(int height, F&& f) {
+    if (height == R) {
+        f(std::integral_constant<int, R>{});
+    } else if constexpr (R > 1) {
+        with_height<R - 1>(height, f);
+    }
+}
+
+template <int V, Contiguous Layout, bool Accumulate>
+inline void rows_strip(int64_t rows, int64_t inner, Matrix a, const float* b, float* c, int64_t b_step,
+                       int64_t c_step) {
+    for_row_tiles<max_rows(V)>(rows, [&](int64_t row, int height) {
+        const float* from = a.data + (Layout == Contiguous::kInner ? row * a.stride : row);
+        with_height<max_rows(V)>(height, [&](auto r) {
+            rows_tile<decltype(r)::value, V, Layout, Accumulate>(inner, from, a.stride, b, c + row * kGroup,
+                                                                 b_step, c_step);
+        });
+    });
+}
+
+template <Contiguous Layout, bool Accumulate>
+inline void product_rows(int64_t rows, int64_t inner, int groups, Matrix a, const float* b, int64_t b_group,
+                         float* c, int64_t c_group) {
+    if constexpr (kWidth == 16) {
+        switch (groups) {
+            case 1:
+                return rows_strip<1, Layout, Accumulate>(rows, inner, a, b, c, b_group, c_group);
+            case 2:
+                return rows_strip<2, Layout, Accumulate>(rows, inner, a, b, c, b_group, c_group);
+            case 3:
+                return rows_strip<3, Layout, Accumulate>(rows, inner, a, b, c, b_group, c_group);
+            default:
+                return rows_strip<4, Layout, Accumulate>(rows, inner, a, b, c, b_group, c_group);
+        }
+    } else {
+        for (int g = 0; g < groups; ++g) {
+            for (int v = 0; v < kVectorsPerGroup; v += kStrip) {
+                rows_strip<kStrip, Layout, Accumulate>(rows, inner, a, b + g * b_group + v * kWidth,
+                                                       c + g * c_group + v * kWidth, kWidth, kWidth);
+            }
+        }
+    }
+}
+
+template <int V>
+inline void lanes_strip(int64_t rows, int groups, const float* a, int64_t a_group, const float* b,
+                        int64_t b_stride, float* c, int64_t c_stride) {
+    for_row_tiles<max_rows(V)>(rows, [&](int64_t row, int height) {
+        with_height<max_rows(V)>(height, [&](auto r) {
+            lanes_tile<decltype(r)::value, V>(groups, a + row * kGroup, a_group, b, b_stride,
+                                              c + row * c_stride, c_stride);
+        });
+    });
+}
+
+// `columns` is a multiple of 16.
+inline void product_lanes(int64_t rows, int64_t columns, int groups, const float* a, int64_t a_group,
+                          const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+    int64_t d = 0;
+    for (; d + kStrip * kWidth <= columns; d += kStrip * kWidth) {
+        lanes_strip<kStrip>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
+    }
+    if constexpr (kWidth == 16) {
+        const int rest = static_cast<int>((columns - d) / kWidth);
+        if (rest == 1) lanes_strip<1>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
+        if (rest == 2) lanes_strip<2>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
+        if (rest == 3) lanes_strip<3>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
+    }
+}
+
+}  // namespace prefix_fast

@@ -1,0 +1,177 @@
+// A run of keys and values that a block of queries reads, tile by tile.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "half.h"
+#include "lanes.h"
+#include "parallel.h"
+#include "philox.h"
+#include "problem.h"
+
+namespace prefix_fast {
+
+// Keys [first, last) of one segment, or of a row's own tokens.
+struct KeyRun {
+    const char *key = nullptr, *value = nullptr;  // position 0
+    int64_t key_stride = 0, value_stride = 0;     // bytes
+    DType key_dtype = DType::kFloat32, value_dtype = DType::kFloat32;
+    int64_t first = 0, last = 0;
+    int set = 0;                 // number of the set; the own tokens come after all sets
+    bool own = false;            // causal bound, bias and mask apply
+    const bool* mask = nullptr;  // of position 0; null: every key of the run may be attended
+    int64_t mask_stride = 0;
+
+    bool visible(int64_t j) const { return mask == nullptr || mask[j * mask_stride]; }
+};
+
+inline KeyRun segment_run(const Problem& p, int set, int64_t segment, int64_t kv_head) {
+    const SegmentSet& s = p.sets[set];
+    KeyRun run;
+    run.key = s.key.at(segment, kv_head, 0);
+    run.value = s.value.at(segment, kv_head, 0);
+    run.key_stride = s.key.token;
+    run.value_stride = s.value.token;
+    run.key_dtype = s.key.dtype;
+    run.value_dtype = s.value.dtype;
+    run.last = s.length[segment];
+    run.set = set;
+    return run;
+}
+
+// The own tokens of row b. Padding at either end shortens the run; only a mask with holes is read key by key.
+inline KeyRun own_run(const Problem& p, int64_t b, int64_t kv_head) {
+    KeyRun run;
+    run.last = p.keys_of(b);
+    run.own = true;
+    run.set = static_cast<int>(p.sets.size());
+    if (run.last == 0) return run;
+    run.key = p.key.at(b, kv_head, 0);
+    run.value = p.value.at(b, kv_head, 0);
+    run.key_stride = p.key.token;
+    run.value_stride = p.value.token;
+    run.key_dtype = p.key.dtype;
+    run.value_dtype = p.value.dtype;
+    if (p.key_mask != nullptr) {
+        run.mask = p.key_mask + b * p.key_mask_row;
+        run.mask_stride = p.key_mask_key;
+        while (run.last > 0 && !run.visible(run.last - 1)) --run.last;
+        while (run.first < run.last && !run.visible(run.first)) ++run.first;
+        bool holes = false;
+        for (int64_t j = run.first; j < run.last; ++j) holes |= !run.visible(j);
+        if (!holes) run.mask = nullptr;
+    }
+    return run;
+}
+
+// One tile: keys [start, start + count), of which the lanes of group g need the first needed[g].
+struct KeyTile {
+    int64_t start = 0, count = 0;
+    int64_t needed[kGroups] = {};
+    bool uniform = true;  // all groups need all keys
+    Matrix key{nullptr, 0}, value{nullptr, 0};
+};
+
+// Keys or values of a tile as float32: in place where they are, else converted, with zeros for masked keys so
+// that whatever the caller keeps there cannot reach a sum.
+inline Matrix tile_rows(const KeyRun& run, const char* data, int64_t stride, DType dtype, int64_t start,
+                        int64_t count, int64_t head_dim, Buffer& buffer) {
+    const char* source = data + start * stride;
+    if (dtype == DType::kFloat32 && run.mask == nullptr) {
+        return {reinterpret_cast<const float*>(source), stride / static_cast<int64_t>(sizeof(float))};
+    }
+    const int64_t target_stride = row_stride(head_dim);
+    float* target = buffer.floats(count * target_stride);
+    for (int64_t j = 0; j < count; ++j, source += stride) {
+        float* row = target + j * target_stride;
+        if (run.visible(start + j)) {
+            read_row(source, dtype, head_dim, 1.0f, row);
+        } else {
+            std::memset(row, 0, static_cast<size_t>(head_dim) * sizeof(float));
+        }
+    }
+    return {target, target_stride};
+}
+
+// Which keys of [start, start + count) each group needs; false when none does.
+inline bool bound_tile(const LaneBlock& block, const KeyRun& run, int64_t start, int64_t count,
+                       KeyTile& tile) {
+    tile.start = start;
+    tile.count = 0;
+    for (int g = 0; g < block.groups; ++g) {
+        const int64_t bound = run.own ? std::clamp<int64_t>(block.group_high[g] - start, 0, count) : count;
+        tile.needed[g] = bound;
+        tile.count = std::max(tile.count, bound);
+    }
+    tile.uniform = true;
+    for (int g = 0; g < block.groups; ++g) tile.uniform &= tile.needed[g] == tile.count;
+    bool any = false;
+    for (int64_t j = 0; j < tile.count && !any; ++j) any = run.visible(start + j);
+    return any;
+}
+
+inline void add_bias(const Problem& p, const LaneBlock& block, const KeyTile& tile, float* scores,
+                     int64_t step) {
+    for (int lane = 0; lane < block.lanes; ++lane) {
+        const char* bias = p.bias + block.row[lane] * p.bias_row + block.head[lane] * p.bias_head +
+                           block.query[lane] * p.bias_query + tile.start * p.bias_key;
+        float* column = scores + lane / kGroup * step + lane % kGroup;
+        const int64_t needed = tile.needed[lane / kGroup];
+        for (int64_t j = 0; j < needed; ++j) {
+            column[j * kGroup] += kLog2E * read_element(bias + j * p.bias_key, p.bias_dtype);
+        }
+    }
+}
+
+// Bias, then -inf where a key is masked or above the causal bound. Segments are visible whole.
+inline void mask_scores(const Problem& p, const LaneBlock& block, const KeyRun& run, const KeyTile& tile,
+                        float* scores, int64_t step) {
+    if (!run.own) return;
+    if (p.bias != nullptr) add_bias(p, block, tile, scores, step);
+    const Vec hidden = broadcast(-kInf);
+    for (int g = 0; g < block.groups; ++g) {
+        const int64_t first = std::max<int64_t>(block.group_low[g] - tile.start, 0);
+        for (int64_t j = first; j < tile.needed[g]; ++j) {
+            const VecI key = broadcast_int(static_cast<int32_t>(tile.start + j));
+            for (int v = 0; v < kGroup; v += kWidth) {
+                float* at = scores + g * step + j * kGroup + v;
+                store(at, select(load_int(block.limit + g * kGroup + v) > key, load(at), hidden));
+            }
+        }
+        if (run.mask == nullptr) continue;
+        for (int64_t j = 0; j < tile.needed[g]; ++j) {
+            if (run.visible(tile.start + j)) continue;
+            for (int v = 0; v < kGroup; v += kWidth) store(scores + g * step + j * kGroup + v, hidden);
+        }
+    }
+}
+
+// keep[g][key][16] = 1 / (1 - p) where the weight is kept, else 0
+inline void dropout_tile(const Problem& p, const LaneBlock& block, const KeyRun& run, const KeyTile& tile,
+                         float* keep, int64_t step) {
+    for (int g = 0; g < block.groups; ++g) {
+        const int64_t end = tile.start + tile.needed[g];
+        for (int64_t quad = tile.start / 4; quad * 4 < end; ++quad) {
+            uint32_t counter[4][kGroup];
+            for (int i = 0; i < kGroup; ++i) {
+                const int lane = std::min(g * kGroup + i, block.lanes - 1);
+                counter[0][i] = static_cast<uint32_t>(block.query[lane]);
+                counter[1][i] = static_cast<uint32_t>(quad);
+                counter[2][i] = static_cast<uint32_t>(block.row[lane] * p.heads + block.head[lane]);
+                counter[3][i] = static_cast<uint32_t>(run.set);
+            }
+            philox(p.seed, counter);
+            for (int64_t j = std::max(quad * 4, tile.start); j < std::min(quad * 4 + 4, end); ++j) {
+                float* target = keep + g * step + (j - tile.start) * kGroup;
+                const uint32_t* words = counter[j & 3];
+                for (int i = 0; i < kGroup; ++i)
+                    target[i] = words[i] >= p.dropout_threshold ? p.keep_scale : 0.0f;
+            }
+        }
+    }
+}
+
+}  // namespace prefix_fast

@@ -1,0 +1,160 @@
+// One float vector of the widest kind that this build may use, and the few operations that the kernels need.
+//
+// The same sources are compiled once per instruction set: AVX-512 (16 lanes), AVX2 + FMA (8), and a generic
+// level of compiler vectors (4: SSE2, NEON). Operations on vectors are lane by lane throughout: a lane's
+// result never depends on its neighbours, which is what makes a row's bits independent of the batch around
+// it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define PF_INLINE inline __attribute__((always_inline))
+
+namespace prefix_fast {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+PF_INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+PF_INLINE void store(float* p, Vec v) {
+    std::memcpy(p, &v, sizeof(v));
+}
+
+PF_INLINE VecI load_int(const int32_t* p) {
+    VecI v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+PF_INLINE Vec broadcast(float x) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_set1_ps(x);
+#else
+    return Vec{x, x, x, x};
+#endif
+}
+
+PF_INLINE VecI broadcast_int(int32_t x) {
+    return x - VecI{};
+}
+
+// a * b + c, fused wherever the hardware has it.
+PF_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+// The larger operand; b where either is NaN (the rule of x86's maxps), so max(bound, x) keeps a NaN of x.
+PF_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);  // the plain form warns in gcc 12
+#elif defined(__AVX2__)
+    return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+PF_INLINE Vec select(VecI condition, Vec yes, Vec no) {
+    return condition ? yes : no;
+}
+
+PF_INLINE bool any_not_equal(Vec a, Vec b) {
+    const VecI differs = a != b;
+    int32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= differs[i];
+    return bits != 0;
+}
+
+// Sum over lanes in a fixed order.
+PF_INLINE float sum_lanes(Vec v) {
+    float parts[kWidth];
+    store(parts, v);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    }
+    return parts[0];
+}
+
+// 2^x for x <= 128, relative error below 2e-7; exactly 1 at 0, exactly 0 from -127 down (-inf included), NaN
+// at NaN.
+//
+// x = n + f with f in [-1/2, 1/2]; adding 1.5 * 2^23 rounds x to the integer n and leaves it in the low
+// mantissa bits, from where a shift makes it an exponent. At n = -127 the exponent field is 0: the factor is
+// +0, and no denormal is ever made. The polynomial is the degree-5 minimax fit with constant term 1.
+PF_INLINE Vec exp2(Vec x) {
+    const Vec magic = broadcast(12582912.0f);
+    const Vec clamped = max(broadcast(-127.0f), x);
+    const Vec shifted = clamped + magic;
+    const Vec f = clamped - (shifted - magic);
+    const VecI exponent = ((VecI)shifted << 23) + broadcast_int(127 << 23);
+    Vec poly = broadcast(0.0013264727197217184f);
+    poly = fma(poly, f, broadcast(0.009671512639650576f));
+    poly = fma(poly, f, broadcast(0.05550733743251899f));
+    poly = fma(poly, f, broadcast(0.2402224208537506f));
+    poly = fma(poly, f, broadcast(0.6931469775991641f));
+    poly = fma(poly, f, broadcast(1.0f));
+    return poly * (Vec)exponent;
+}
+
+PF_INLINE float exp2(float x) {
+    return exp2(broadcast(x))[0];
+}
+
+// Swap the off-diagonal blocks of size `Half` of two rows of a square of vectors.
+template <int Half, int... I>
+PF_INLINE void swap_blocks(Vec& top, Vec& bottom, std::integer_sequence<int, I...>) {
+    const Vec a = top, b = bottom;
+    top = __builtin_shufflevector(a, b, ((I & Half) ? kWidth + I - Half : I)...);
+    bottom = __builtin_shufflevector(a, b, ((I & Half) ? kWidth + I : I + Half)...);
+}
+
+template <int Half>
+PF_INLINE void transpose_stage(Vec (&x)[kWidth]) {
+    for (int r = 0; r < kWidth; ++r) {
+        if (!(r & Half)) swap_blocks<Half>(x[r], x[r + Half], std::make_integer_sequence<int, kWidth>{});
+    }
+    if constexpr (Half > 1) transpose_stage<Half / 2>(x);
+}
+
+// target[c][r] = source[r][c] for a square of kWidth x kWidth floats.
+PF_INLINE void transpose_square(const float* source, int64_t source_stride, float* target,
+                                int64_t target_stride) {
+    Vec x[kWidth];
+    for (int r = 0; r < kWidth; ++r) x[r] = load(source + r * source_stride);
+    transpose_stage<kWidth / 2>(x);
+    for (int r = 0; r < kWidth; ++r) store(target + r * target_stride, x[r]);
+}
+
+}  // namespace prefix_fast
