@@ -47,7 +47,8 @@ class PrefixContext:
         self.length = 0 if states is None else states[0].shape[-2]
         self.keys: tuple[Tensor, ...] = () if states is None else states[0].unbind(0)
         self.values: tuple[Tensor, ...] = () if states is None else states[1].unbind(0)
-        self.needs_grad = states is not None and (states[0].requires_grad or states[1].requires_grad)
+        grad = torch.is_grad_enabled()
+        self.needs_grad = grad and states is not None and (states[0].requires_grad or states[1].requires_grad)
 
     def attend(
         self,
