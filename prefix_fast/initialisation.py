@@ -153,7 +153,7 @@ def keys_and_values_from_text(model: Any, tokenizer: Any, text: str, num_tokens:
 
     Raises:
         TypeError: the text is not a string. ValueError: a text without tokens, a number of tokens other than
-            `num_tokens`, more tokens than the model has positions.
+            `num_tokens`, ids outside the model's vocabulary, more tokens than the model has positions.
     """
     if not isinstance(text, str):
         raise TypeError(f"Prefix.from_text: expected text to be a str, got {type(text).__name__}; pass one text")
@@ -169,7 +169,14 @@ def keys_and_values_from_text(model: Any, tokenizer: Any, text: str, num_tokens:
             f"tokens; {change}, or set num_virtual_tokens={len(ids)} (the text is neither cut nor repeated)"
         )
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text_config = model.config.get_text_config(decoder=True)
+    vocabulary = getattr(text_config, "vocab_size", None)
+    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise ValueError(
+            f"Prefix.from_text: expected token ids below the model's vocabulary size {vocabulary}, got "
+            f"{min(ids)} … {max(ids)}; pass the model's own tokenizer"
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and len(ids) > positions:
         raise ValueError(
             f"Prefix.from_text: expected at most {positions} tokens, the model's positions, got {len(ids)}; "

@@ -145,6 +145,7 @@ class Prefix(nn.Module):
                 config's, more tokens than the model has positions. NotImplementedError: as Prefix and
                 from_cache.
         """
+        model_geometry(model.config)  # refuses a model that no prefix fits before it runs
         wanted = None if config is None else config.num_virtual_tokens
         keys, values = keys_and_values_from_text(model, tokenizer, text, wanted)
         config = config or PrefixConfig(num_virtual_tokens=keys.shape[2])

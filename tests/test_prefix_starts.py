@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 from prefix_inputs import FAMILIES, cache_of, logits_after, tiny_config, tiny_model
-from transformers import DynamicCache, EncoderDecoderCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import (
+    BartConfig,
+    BartModel,
+    DynamicCache,
+    EncoderDecoderCache,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 from prefix_fast.prefix import Geometry, Prefix, PrefixConfig
 
@@ -81,6 +89,28 @@ def test_text_that_cannot_start_a_prefix_is_refused(
     config = None if num_virtual_tokens is None else PrefixConfig(num_virtual_tokens)
     with pytest.raises(error, match=re.escape(message)):
         Prefix.from_text(tiny_model("gpt2"), tokenizer, text, config)
+
+
+def test_text_start_with_another_models_tokenizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="below the model's vocabulary size 64, got 3 … 64; pass the model's own"):
+        Prefix.from_text(tiny_model("gpt2"), lambda text: {"input_ids": [3, 64]}, TEXT)
+
+
+def test_text_start_of_an_encoder_decoder_is_refused() -> None:
+    model = BartModel(
+        BartConfig(
+            d_model=8,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=8,
+            decoder_ffn_dim=8,
+            vocab_size=64,
+        )
+    )
+    with pytest.raises(NotImplementedError, match="got bart: it is an encoder-decoder"):
+        Prefix.from_text(model, tokenizer, TEXT)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])
