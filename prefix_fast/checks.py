@@ -247,6 +247,10 @@ def _check_bias(caller: str, name: str, bias: Tensor, query: Tensor, keys: int, 
     if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"{caller}: expected {name} to be a floating-point tensor, got {got}; a bool mask is key_mask")
+    if bias.dtype == torch.float64 and query.dtype != torch.float64:
+        raise TypeError(
+            f"{caller}: expected {name} of at most float32 beside {query.dtype} queries, got float64; cast it"
+        )
     full = (*query.shape[:3], keys) if query.dim() == 4 else None
     if full is None:
         raise ValueError(f"{caller}: expected no {name} with packed rows, got one")

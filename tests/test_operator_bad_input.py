@@ -100,6 +100,11 @@ BAD_CALLS = {
         ValueError,
         r"broadcastable to \[B, H, Tq, Tk\] = \[2, 4, 3, 3\]",
     ),
+    "bias-double": (
+        {"attn_bias": torch.ones(T, T).double()},
+        TypeError,
+        "of at most float32 beside torch.float32 queries",
+    ),
     "bias-gradient": (
         {"attn_bias": torch.ones(T, T, requires_grad=True)},
         NotImplementedError,

@@ -104,6 +104,28 @@ def test_what_lies_beyond_the_valid_part_never_leaks(backend, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["query", "key", "value", "segment0.key", "segment0.value"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_nan_in_what_is_read_shows(name, tokens, backend):
+    problem = make_problem(Case(Tq=tokens, Tk=tokens))
+    named = {each: t.clone() for each, t in float_tensors(problem).items()}
+    named[name][0, 0, 0, 0] = float("nan")
+    results = evaluate(with_float_tensors(problem, named), backend, output_grads(problem))
+    assert bool(results["out"].isnan().any())
+    assert bool(results["lse"].isnan().any()) == ("value" not in name)
+    assert bool(results["grad.query"].isnan().any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_the_smallest_number_is_no_mask(backend):
+    """Padding as some libraries write it: where every key has it, the weights are equal and not zero."""
+    problem = make_problem(Case(num_sets=0, Tq=3, Tk=4, is_causal=False))
+    problem = replace(problem, attn_bias=torch.full((3, 4), torch.finfo(torch.float32).min))
+    out = evaluate(problem, backend)["out"]
+    torch.testing.assert_close(out, problem.value.mean(2, keepdim=True).expand_as(out), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_unused_prefixes_have_exactly_zero_gradient(backend):
     problem = make_problem(Case(B=3, N=4, P=6, ids="random"))
     (s,) = problem.sets

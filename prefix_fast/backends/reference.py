@@ -144,10 +144,10 @@ def _softmax_over_parts(problem: Problem, query: Tensor, parts: list[_Keys]) -> 
     if scores.shape[-1] == 0:
         return torch.zeros_like(query), query.new_full((rows, heads, tokens), -torch.inf)
     maximum = scores.detach().amax(dim=-1, keepdim=True)
-    some_key = maximum > -torch.inf
+    some_key = maximum != -torch.inf  # true for NaN, which must show
     if sink is not None:
         maximum = torch.maximum(maximum, sink)
-    maximum = torch.where(maximum > -torch.inf, maximum, 0)
+    maximum = torch.where(maximum != -torch.inf, maximum, 0)
     weight = torch.exp(scores - maximum)
     total = weight.sum(dim=-1, keepdim=True)
     if sink is not None:
