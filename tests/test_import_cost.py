@@ -11,16 +11,12 @@ ALLOWED_SECONDS = 0.2
 
 def run(code: str, cwd: Path) -> str:
     """What the code prints in a fresh interpreter that finds the package only where it is installed."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    "package", ["transformers", "triton", "peft", "datasets", "typer", "matplotlib", "kernels"]
-)
+@pytest.mark.parametrize("package", ["transformers", "triton", "peft", "datasets", "typer", "matplotlib", "kernels"])
 def test_import_leaves_package_alone(package: str, tmp_path: Path) -> None:
     # What torch itself imports does not count.
     code = (
@@ -32,13 +28,12 @@ def test_import_leaves_package_alone(package: str, tmp_path: Path) -> None:
 
 def test_import_costs_little_beyond_torch(tmp_path: Path) -> None:
     code = "import time, torch; t = time.perf_counter(); import prefix_fast; print(time.perf_counter() - t)"
-    assert min(float(run(code, tmp_path)) for _ in range(4)) < ALLOWED_SECONDS
+    # A busy machine can delay any one try, but only a costly import delays all.
+    assert any(float(run(code, tmp_path)) < ALLOWED_SECONDS for _ in range(6))
 
 
 def test_every_public_name_resolves(tmp_path: Path) -> None:
-    code = (
-        "import prefix_fast; print([n for n in prefix_fast.__all__ if getattr(prefix_fast, n, None) is None])"
-    )
+    code = "import prefix_fast; print([n for n in prefix_fast.__all__ if getattr(prefix_fast, n, None) is None])"
     assert run(code, tmp_path) == "[]"
 
 
