@@ -9,6 +9,7 @@ import torch
 
 from prefix_fast.geometry import model_geometry
 from prefix_fast.models import admission, families, hosts, hub
+from prefix_fast.models.loss import loss_plan
 from prefix_fast.prefix import Prefix, PrefixConfig
 
 _BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -88,6 +89,7 @@ def patch(
         }
         if freeze
         else None,
+        plan=loss_plan(type(model)) if was is None else was.plan,
     )
     for name in state.requires_grad or ():
         parameters[name].requires_grad_(False)

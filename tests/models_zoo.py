@@ -89,6 +89,20 @@ def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     return model
 
 
+def make_peft(
+    family: str = "gpt2", dtype: torch.dtype = torch.float32, changes: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """A PeftModel with prefix tuning of 5 virtual tokens around a tiny model."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = make_model(family, dtype=dtype, **(changes or {}))
+    options = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM", **options}
+    if options.get("prefix_projection"):
+        options.setdefault("encoder_hidden_size", 16)
+    torch.manual_seed(0)
+    return get_peft_model(model, PrefixTuningConfig(**options))
+
+
 def twin(model: Any) -> Any:
     """A copy that shares nothing with the model, its config included."""
     return copy.deepcopy(model)

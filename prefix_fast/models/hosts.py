@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.models import families, hub, saving
-from prefix_fast.models.loss import can_fuse, fused_forward, loss_plan
+from prefix_fast.models.loss import LossPlan, can_fuse, fused_forward
 
 STATE = "_prefix_fast"
 States = tuple[Tensor, Tensor]
@@ -37,6 +37,7 @@ class HostState:
         limit: the positions in its table, if it has one.
         parameters: the names of the forward's parameters, in order.
         requires_grad: of each parameter before it was frozen; None: nothing was frozen.
+        plan: of the class's loss; None: it has another form than ours.
         states: keys and values that a running `generate` computed once.
     """
 
@@ -48,6 +49,7 @@ class HostState:
     limit: int | None
     parameters: tuple[str, ...]
     requires_grad: dict[str, bool] | None = None
+    plan: LossPlan | None = None
     states: States | None = field(default=None, repr=False)
 
 
@@ -77,9 +79,9 @@ class HostMixin:
             _keep_rows_whole(arguments)
         arguments["position_ids"] = positions
         arguments[hub.KEYWORD] = context
-        plan = None
-        if state.fused_loss and self.training and arguments.get("labels") is not None:  # type: ignore[attr-defined]
-            plan = loss_plan(self._prefix_fast_class) if can_fuse(self, arguments) else None
+        plan = state.plan if state.fused_loss and self.training else None  # type: ignore[attr-defined]
+        if arguments.get("labels") is None or not can_fuse(self, arguments):
+            plan = None
         with self._compute(positions.device.type):
             return forward(self, **arguments) if plan is None else fused_forward(self, plan, arguments)
 

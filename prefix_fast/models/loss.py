@@ -230,7 +230,7 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
     ignored = loss_arguments.get("ignore_index", -100)
     targets = loss_arguments.pop("shift_labels", None)
     if targets is None:
-        targets = torch.nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
+        targets = torch.nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:].contiguous()
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{type(model).__name__}: expected labels {tuple(hidden.shape[:-1])}, one for each token, got"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefix_fast.geometry import check_same_geometry, model_geometry
 from prefix_fast.models import admission, families, hosts, hub
+from prefix_fast.models.loss import loss_plan
 
 STATE = "_prefix_fast_peft"
 
@@ -134,6 +135,7 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
         positions=positions,
         limit=families.position_limit(base),
         parameters=hosts.forward_parameters(base),
+        plan=loss_plan(type(base)),
     )
     hosts.step_in(base, hosts.BorrowingHost, state)
     model.__dict__[STATE] = PeftState(backend)
