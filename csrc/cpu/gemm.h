@@ -44,7 +44,7 @@ PF_INLINE void rows_tile(int64_t inner, const float* a, int64_t a_stride, const 
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] = Accumulate ? load(c + r * kGroup + v * c_step) : Vec{};
+        for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
     }
     for (int64_t k = 0; k < inner; ++k) {
         Vec column[V];
@@ -60,7 +60,10 @@ PF_INLINE void rows_tile(int64_t inner, const float* a, int64_t a_stride, const 
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) store(c + r * kGroup + v * c_step, sum[r][v]);
+        for (int v = 0; v < V; ++v) {
+            float* at = c + r * kGroup + v * c_step;
+            store(at, Accumulate ? load(at) + sum[r][v] : sum[r][v]);
+        }
     }
 }
 
@@ -71,7 +74,7 @@ PF_INLINE void lanes_tile(int groups, const float* a, int64_t a_group, const flo
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] = load(c + r * c_stride + v * kWidth);
+        for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
     }
     for (int g = 0; g < groups; ++g) {
         const float* x = a + g * a_group;
@@ -90,7 +93,10 @@ PF_INLINE void lanes_tile(int groups, const float* a, int64_t a_group, const flo
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kWidth, sum[r][v]);
+        for (int v = 0; v < V; ++v) {
+            float* at = c + r * c_stride + v * kWidth;
+            store(at, load(at) + sum[r][v]);
+        }
     }
 }
 
