@@ -72,8 +72,9 @@ def patch(
     geometry = model_geometry(model.config)
     module = _prefix_module(prefix, model)
     if was is None:
-        _enter(model, geometry)
+        positions = admission.admit(model, geometry)
     else:
+        positions = was.positions
         _restore_grad(model, was)
     parameters = dict(model.named_parameters()) if freeze else {}
     state = hosts.HostState(
@@ -81,7 +82,7 @@ def patch(
         fused_loss=fused_loss,
         compute_dtype=compute_dtype,
         attention=model.config._attn_implementation,
-        positions=admission.checked_positions(model),
+        positions=positions,
         limit=families.position_limit(model),
         parameters=hosts.forward_parameters(model),
         requires_grad={
@@ -127,18 +128,6 @@ def unpatch(model: Any) -> Any:
         del model._modules["prefix"]
         return model
     raise ValueError(f"unpatch: expected a model that patch returned, got {type(model).__name__}; patch it first")
-
-
-def _enter(model: Any, geometry: Any) -> None:
-    """Point the config at our attention, and back if the model turns out not to fit."""
-    admission.check_checkpointing(model)
-    admission.checked_positions(model)
-    hub.enter_attention(model)
-    try:
-        admission.run_trial(model, geometry)
-    except BaseException:
-        hub.leave_attention(model)
-        raise
 
 
 def _restore_grad(model: Any, state: hosts.HostState) -> None:

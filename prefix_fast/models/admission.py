@@ -7,6 +7,7 @@ and that the operator does not know, is refused.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -79,7 +80,28 @@ def check_model(model: Any) -> None:
         raise NotImplementedError(f"patch: expected a model with weights, got {name} on the meta device; load it first")
 
 
-def check_checkpointing(model: Any) -> None:
+def admit(model: Any, geometry: Geometry) -> str:
+    """Point the model's config at our attention and see that the prefix reaches its layers.
+
+    Returns:
+        How the model counts positions (see `families`).
+
+    Raises:
+        NotImplementedError: the model cannot be patched, with the reason. ValueError: it runs reentrant checkpointing. Its
+            config is then as it was.
+    """
+    _check_checkpointing(model)
+    hub.enter_attention(model)
+    try:
+        positions = _checked_positions(model)
+        _run_trial(model, geometry)
+    except BaseException:
+        hub.leave_attention(model)
+        raise
+    return positions
+
+
+def _check_checkpointing(model: Any) -> None:
     """Raise ValueError if the model already runs reentrant gradient checkpointing."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
@@ -91,14 +113,14 @@ def check_checkpointing(model: Any) -> None:
                 )
 
 
-def checked_positions(model: Any) -> str:
+def _checked_positions(model: Any) -> str:
     """How the model counts positions.
 
     Raises:
         NotImplementedError: it takes no positions, or counts them in a way that we do not know.
     """
     style = families.position_style(model)
-    if style is None or "position_ids" not in _parameters(model):
+    if style is None or "position_ids" not in inspect.signature(model.forward).parameters:
         raise NotImplementedError(
             f"patch: expected a model whose positions can be shifted by the prefix, got {type(model).__name__}, whose"
             " positions are not arange from the past length; it cannot be patched"
@@ -106,7 +128,7 @@ def checked_positions(model: Any) -> str:
     return style
 
 
-def run_trial(model: Any, geometry: Geometry) -> None:
+def _run_trial(model: Any, geometry: Geometry) -> None:
     """Run two tokens through the model, whose config already has our attention's name.
 
     Raises:
@@ -148,9 +170,3 @@ def run_trial(model: Any, geometry: Geometry) -> None:
             f"patch: expected attention of queries, keys, values and a mask, got {name}, which also uses"
             f" {sorted(trial.unknown)}; it cannot be patched"
         )
-
-
-def _parameters(model: Any) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(model.forward).parameters)

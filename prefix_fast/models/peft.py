@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_fast.geometry import check_same_geometry, model_geometry
+from prefix_fast.geometry import Geometry, check_same_geometry, model_geometry
 from prefix_fast.models import admission, families, hosts, hub
 from prefix_fast.models.loss import loss_plan
 
@@ -119,14 +119,7 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
         raise ValueError("patch: expected a PeftModel around an unpatched model, got a patched one; unpatch that first")
     geometry = model_geometry(base.config)
     check_same_geometry(_geometry_of(config), geometry, "patch")
-    admission.check_checkpointing(base)
-    positions = admission.checked_positions(base)
-    hub.enter_attention(base)
-    try:
-        admission.run_trial(base, geometry)
-    except BaseException:
-        hub.leave_attention(base)
-        raise
+    positions = admission.admit(base, geometry)
     state = hosts.HostState(
         backend=backend,
         fused_loss=fused_loss,
@@ -157,9 +150,7 @@ def is_patched(model: Any) -> bool:
     return isinstance(model, PeftHost)
 
 
-def _geometry_of(config: Any) -> Any:
-    from prefix_fast.geometry import Geometry
-
+def _geometry_of(config: Any) -> Geometry:
     return Geometry(config.num_layers, config.num_attention_heads, config.token_dim // config.num_attention_heads)
 
 
