@@ -75,7 +75,7 @@ ifeq ($(OFFLINE),)
 	@echo "== prefix-fast, its C++ kernels$(if $(REQUIREMENTS_CHANGED), and what it uses)"
 	@$(PIP) install -qq --no-build-isolation $(if $(REQUIREMENTS_CHANGED),-c constraints.txt,--no-deps) -e '.[train,peft,dev]'
 else
-	@test -x $(BIN)/python || { echo "== new environment $(VENV) over $(PY)'s packages"; $(PY) -m venv --system-site-packages $(VENV); }
+	@test -x $(BIN)/python || { echo "== new environment $(VENV) over $(PY)'s packages"; $(PY) -m venv --without-pip --system-site-packages $(VENV); }
 	@echo "== prefix-fast and its C++ kernels"
 	@$(PIP) install -qq --no-index --no-deps --no-build-isolation -e .
 endif

@@ -62,7 +62,8 @@ def distributions(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 def environment(folder: Path) -> tuple[Path, Path]:
     """(python, site-packages) of a new environment that borrows the packages of this one."""
-    run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    # pip and setuptools come from the lender too: those that venv brings can be too old for this pyproject.toml.
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-I", "-c", code, cwd=folder).strip())
