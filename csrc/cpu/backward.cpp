@@ -153,6 +153,17 @@ bool row_matters(const Problem& p, const Plan& plan, const Grads& grads, int64_t
     return false;
 }
 
+// The block after this one: of the same row, or the first of the next.
+void prefetch_next(const Problem& p, const Saved& saved, int64_t b, int64_t kv_head, int64_t first) {
+    if (first >= p.queries_of(b) * p.group()) {
+        first = 0;
+        if (++b >= p.rows) return;
+    }
+    for (const TokenView* tensor : {&p.query, &saved.grad_out, &saved.out}) {
+        prefetch_rows<false>(p, *tensor, b, kv_head, first);
+    }
+}
+
 void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, const Grads& grads, int64_t b,
                        int64_t kv_head) {
     const RunSums own{own_sum(p, grads.key, b, kv_head, kOwnKeyGrad),
@@ -164,7 +175,9 @@ void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, c
     for (int64_t first = 0; first < lanes; first += kLanes) {
         const LaneBlock block = row_block(p, b, kv_head, first);
         BlockState state;
+        if (grads.query) prefetch_rows<true>(p, grads.query, b, kv_head, first);
         load_block(p, block, saved, want_keys, static_cast<bool>(grads.query), state);
+        prefetch_next(p, saved, b, kv_head, first + kLanes);
         for (int s = 0; s < static_cast<int>(p.sets.size()); ++s) {
             const int64_t n = p.sets[s].ids[b];
             if (n < 0) continue;

@@ -233,10 +233,17 @@ void forward(const Problem& p, const TokenView& out, const TokenView& lse) {
 
     // Head slowest: the blocks that read one head's prefix follow each other.
     const int64_t blocks = (p.longest_query * p.group() + kLanes - 1) / kLanes;
-    parallel_for(p.threads, p.kv_heads * p.rows * blocks, [&](int64_t task) {
-        const int64_t first = task % blocks * kLanes, b = task / blocks % p.rows,
-                      kv_head = task / blocks / p.rows;
+    const int64_t tasks = p.kv_heads * p.rows * blocks;
+    parallel_for(p.threads, tasks, [&](int64_t task) {
+        const int64_t first = task % blocks * kLanes, b = task / blocks % p.rows;
+        const int64_t kv_head = task / blocks / p.rows;
         if (first >= p.queries_of(b) * p.group()) return;
+        const int64_t next = task + p.threads;  // probably this thread's
+        if (next < tasks) {
+            prefetch_rows<false>(p, p.query, next / blocks % p.rows, next / blocks / p.rows,
+                                 next % blocks * kLanes);
+        }
+        prefetch_rows<true>(p, out, b, kv_head, first);
         const LaneBlock block = row_block(p, b, kv_head, first);
         if (plan.few) {
             run_few(p, plan, block, kv_head, out, lse);
