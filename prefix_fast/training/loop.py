@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from prefix_fast.training.collate import IGNORED_LABEL, BatchOrder, TokenRow, collate_training
 from prefix_fast.training.run_folder import RunFolder
 
+# Those of transformers' get_scheduler that need nothing but the two step counts.
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -46,6 +49,10 @@ class LoopSettings:
         for name in ("warmup_steps", "weight_decay", "bucket", "eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train: expected {name} >= 0, got {getattr(self, name)}; 0 turns it off")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"train: expected schedule to be one of {', '.join(SCHEDULES)}, got {self.schedule!r}; choose one"
+            )
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -65,6 +72,14 @@ class TrainResult(NamedTuple):
 
     step: int
     interrupted: bool
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], settings: LoopSettings) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and the learning rate's schedule."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return optimizer, get_scheduler(settings.schedule, optimizer, settings.warmup_steps, settings.steps)
 
 
 def training_step(
@@ -136,8 +151,6 @@ class Trainer:
         eval_rows: Sequence[TokenRow] = (),
     ) -> None:
         """Make the optimiser and schedule; nothing is written yet."""
-        from transformers import get_scheduler
-
         self.model = model
         self.rows = rows
         self.folder = folder
@@ -152,15 +165,7 @@ class Trainer:
             raise ValueError("train: expected parameters that require gradients, got none; patch the model first")
         self.parameters = list(self.named_parameters.values())
         self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        self.scheduler = get_scheduler(
-            settings.schedule,
-            self.optimizer,
-            num_warmup_steps=settings.warmup_steps,
-            num_training_steps=settings.steps,
-        )
+        self.optimizer, self.scheduler = make_optimizer(self.parameters, settings)
         self.step = 0
 
     def run(self) -> TrainResult:
@@ -186,7 +191,7 @@ class Trainer:
         started = time.perf_counter()
         learning_rate = self.scheduler.get_last_lr()[0]
         stats = training_step(
-            self.model, self._batches(self.step), self.parameters, self.optimizer, self.settings.max_grad_norm
+            self.model, self.batches(self.step), self.parameters, self.optimizer, self.settings.max_grad_norm
         )
         self.scheduler.step()
         self.step += 1
@@ -199,7 +204,8 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
 
-    def _batches(self, step: int) -> list[dict[str, Tensor]]:
+    def batches(self, step: int) -> list[dict[str, Tensor]]:
+        """The batches of optimiser step ``step`` (from 0), on the parameters' device."""
         first = step * self.settings.gradient_accumulation
         numbers = range(first, first + self.settings.gradient_accumulation)
         return [self._collate([self.rows[index] for index in self.order[number]]) for number in numbers]

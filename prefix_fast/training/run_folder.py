@@ -156,7 +156,7 @@ class RunFolder:
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             raise ValueError(
                 f"RunFolder: expected the state of a run in {path}, got a file that cannot be read "
-                f"({str(error).splitlines()[0]}); start again with --overwrite"
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); start again with --overwrite"
             ) from error
         if not isinstance(state, dict):
             raise ValueError(f"RunFolder: expected the state of a run in {path}, got a {type(state).__name__}")

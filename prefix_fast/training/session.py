@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from prefix_fast import dispatch
 from prefix_fast.patching import patch
 from prefix_fast.prefix import Prefix, PrefixConfig
 from prefix_fast.training.collate import RowFormat, RowTokenizer
@@ -73,6 +74,8 @@ class RunSettings:
             )
         if self.steps is None and not self.epochs > 0:
             raise ValueError(f"train: expected epochs > 0, got {self.epochs}; raise it or pass --steps")
+        if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
+            raise ValueError(f"train: expected num_virtual_tokens >= 1, got {self.num_virtual_tokens}; raise it")
         for name in ("train_examples", "eval_examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train: expected {name} >= 0, got {getattr(self, name)}; 0 takes all")
@@ -167,6 +170,7 @@ def _prepare(settings: RunSettings, say: Callable[[str], None], make_folder: Cal
     model, tokenizer = language_model
     rows = RowTokenizer(tokenizer, settings.row_format)
     prefix = make_prefix(settings, language_model)
+    dispatch.choose(settings.backend, device.type, model.dtype, prefix.geometry.head_dim, ())
     patch(model, prefix, backend=settings.backend)
     say(f"{len(train)} training rows, {len(held_out)} held out; {_describe(prefix)}")
     folder = make_folder()

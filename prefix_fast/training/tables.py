@@ -97,7 +97,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield reader.line_num, row
         except csv.Error as error:
             raise ValueError(
-                f"read_table: expected comma-separated values in {path.name}, line {reader.line_num} is not ({error}); "
+                f"read_table: expected comma-separated values in {path.name}, got something else near "
+                f"line {reader.line_num + 1} ({error}); "
                 "check its quotes"
             ) from error
 
