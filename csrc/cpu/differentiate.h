@@ -58,7 +58,7 @@ inline void load_statistics(const Problem& p, const LaneBlock& block, const Save
         const int64_t b = block.row[lane], h = block.head[lane], i = block.query[lane];
         const float lse = read_element(saved.lse.at(b, h, i), DType::kFloat32);
         if (lse == -kInf) continue;
-        state.lse[lane] = lse * kLog2E;
+        state.lse[lane] = std::max(lse * kLog2E, kLowest);
         state.delta[lane] = dot_rows(grad_rows + lane * stride, out_rows + lane * stride, padded);
         if (saved.grad_lse) state.delta[lane] -= read_element(saved.grad_lse.at(b, h, i), DType::kFloat32);
     }
@@ -86,7 +86,8 @@ inline void load_block(const Problem& p, const LaneBlock& block, const Saved& sa
     }
 }
 
-// S -> P in place, and P' when there is dropout.
+// S -> P in place, and P' when there is dropout. P is at most 1 even where lse is so large (a row of nothing
+// but biases of -1e9) that its rounding exceeds the differences between scores.
 inline void probability_tile(const LaneBlock& block, const KeyTile& tile, const BlockState& state,
                              int64_t step, const float* keep, float* scores, float* kept) {
     for (int g = 0; g < block.groups; ++g) {
@@ -94,7 +95,7 @@ inline void probability_tile(const LaneBlock& block, const KeyTile& tile, const 
             const Vec lse = load(state.lse + g * kGroup + v);
             for (int64_t j = 0; j < tile.needed[g]; ++j) {
                 const int64_t at = g * step + j * kGroup + v;
-                const Vec weight = exp2(load(scores + at) - lse);
+                const Vec weight = exp2(min(Vec{}, load(scores + at) - lse));
                 store(scores + at, weight);
                 if (keep != nullptr) store(kept + at, weight * load(keep + at));
             }

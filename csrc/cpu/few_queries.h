@@ -54,7 +54,7 @@ inline void mask_few(const Problem& p, const LaneBlock& block, int lane, const K
                            : p.bias + block.row[lane] * p.bias_row + block.head[lane] * p.bias_head +
                                  block.query[lane] * p.bias_query + start * p.bias_key;
     for (int64_t j = 0; j < count; ++j) {
-        if (bias != nullptr) scores[j] += kLog2E * read_element(bias + j * p.bias_key, p.bias_dtype);
+        if (bias != nullptr) scores[j] += read_bias(p, bias + j * p.bias_key);
         if (start + j >= block.limit[lane] || !run.visible(start + j)) scores[j] = -kInf;
     }
 }

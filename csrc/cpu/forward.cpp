@@ -183,8 +183,9 @@ void finish(const Problem& p, const Plan& plan, const LaneBlock& block, float* m
         }
         const bool empty = maximum[lane] == -kInf && sum[lane] == 0.0f;
         write_row(out.at(b, h, i), out.dtype, p.head_dim, empty ? 0.0f : 1.0f / sum[lane], row);
-        const float log2_sum = maximum[lane] + std::log2(sum[lane]);
-        *reinterpret_cast<float*>(lse.at(b, h, i)) = empty ? -kInf : kLn2 * log2_sum;
+        float natural = kLn2 * (maximum[lane] + std::log2(sum[lane]));
+        if (maximum[lane] == kLowest) natural = kLowest;  // nothing but biases of finfo.min
+        *reinterpret_cast<float*>(lse.at(b, h, i)) = empty ? -kInf : natural;
     }
 }
 

@@ -113,6 +113,13 @@ inline bool bound_tile(const LaneBlock& block, const KeyRun& run, int64_t start,
     return any;
 }
 
+// A bias in log2 units. One of finfo.min must stay finite: it is a very small weight, not a mask.
+PF_INLINE float read_bias(const Problem& p, const char* at) {
+    const float bias = read_element(at, p.bias_dtype);
+    const float scaled = kLog2E * bias;
+    return scaled == -kInf && bias != -kInf ? kLowest : scaled;
+}
+
 inline void add_bias(const Problem& p, const LaneBlock& block, const KeyTile& tile, float* scores,
                      int64_t step) {
     for (int lane = 0; lane < block.lanes; ++lane) {
@@ -121,7 +128,7 @@ inline void add_bias(const Problem& p, const LaneBlock& block, const KeyTile& ti
         float* column = scores + lane / kGroup * step + lane % kGroup;
         const int64_t needed = tile.needed[lane / kGroup];
         for (int64_t j = 0; j < needed; ++j) {
-            column[j * kGroup] += kLog2E * read_element(bias + j * p.bias_key, p.bias_dtype);
+            column[j * kGroup] += read_bias(p, bias + j * p.bias_key);
         }
     }
 }

@@ -31,6 +31,7 @@ typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -83,6 +84,17 @@ PF_INLINE Vec max(Vec a, Vec b) {
     return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
+#endif
+}
+
+// The smaller operand; b where either is NaN.
+PF_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
 #endif
 }
 
