@@ -13,7 +13,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 except ModuleNotFoundError as missing:
     sys.stderr.write(
         f"prefix-fast: expected the package {missing.name}, which is not installed; "
@@ -197,7 +197,7 @@ def doctor(debug: _Debug = False) -> None:
 
         console = Console(highlight=False)
         for name, value in environment().items():
-            console.print(f"{name:>14}  {escape(value)}")
+            console.print(f"{name:>19}  {escape(value)}")
         table = Table("backend", "devices", "available", "why not", title="Backends, in the order that auto tries them")
         for info in dispatch.backends():
             table.add_row(info.name, info.device, "yes" if info.available else "no", escape(info.reason))
@@ -235,7 +235,7 @@ def bench(
         if dtype not in dtypes:
             raise ValueError(f"bench: expected --dtype to be one of {', '.join(dtypes)}, got {dtype!r}; choose one")
         console = Console(highlight=False)
-        table = Table("shape", "ours", "concatenation + SDPA", "ratio", "largest difference")
+        table = Table(Column("shape", no_wrap=True), "ours", "concatenation + SDPA", "ratio", "largest difference")
         table.title = f"forward + backward, {dtype} on {device}, {torch.get_num_threads()} threads"
         with console.status("Measuring"):
             for m in measure(dtype=dtypes[dtype], device=device, backend=backend, repeats=repeats):

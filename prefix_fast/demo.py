@@ -7,9 +7,11 @@
 3. Both then generate the same answers, in turns.
 """
 
+import argparse
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +98,9 @@ def peft_model(base: Any, prefix: Any) -> nn.Module:
     """The base model with PEFT's prefix tuning, its parameters set to those keys and values."""
     peft = require("peft", "demo", extra="peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.num_virtual_tokens)
-    model: nn.Module = peft.get_peft_model(base, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads attributes that transformers has renamed
+        model: nn.Module = peft.get_peft_model(base, config)
     keys, values = prefix()["decoder"]
     P = keys.shape[3]
     # PEFT's layout: a row for each virtual token, in it layer by layer the key and the value of every head.
@@ -154,8 +158,8 @@ def time_generation(ours: Any, theirs: Any, inputs: dict[str, Tensor], pad_token
                 times.append(time.perf_counter() - started)
             else:
                 tokens.append(output)
-    medians = (statistics.median(times) for times in seconds)
-    return Generation(len(inputs["input_ids"]), *medians, torch.equal(*tokens))
+    our_median, peft_median = (statistics.median(times) for times in seconds)
+    return Generation(len(inputs["input_ids"]), our_median, peft_median, torch.equal(*tokens))
 
 
 def learn(settings: RunSettings, output: Path, console: Any) -> Run:
@@ -179,14 +183,20 @@ def learn(settings: RunSettings, output: Path, console: Any) -> Run:
     first, last = statistics.mean(losses[:few]), statistics.mean(losses[-few:])
     console.print(f"The training loss fell from {first:.2f} to {last:.2f} (means of {few} steps).\n")
     for example, without, trained in zip(chosen, before, answers(run.language_model.model), strict=True):
-        console.print(f"[dim]held-out input   {escape(_one_line(example.source.partition(chr(10))[0]))}[/]")
-        console.print(f"without a prefix {escape(_one_line(without))}")
-        console.print(f"[bold]with the prefix  {escape(_one_line(trained))}[/]")
-        console.print(f"[dim]reference        {escape(_one_line(example.targets[0]))}[/]\n")
+        lines = {
+            "held-out input": example.source.partition("\n")[0],
+            "without a prefix": without,
+            "with the prefix": trained,
+            "reference": example.targets[0],
+        }
+        for label, text in lines.items():
+            style = "bold" if label == "with the prefix" else "default"
+            console.print(f"{label:17}[{style}]{escape(_one_line(text, console.width - 18))}[/]")
+        console.print()
     return run
 
 
-def _one_line(text: str, width: int = 110) -> str:
+def _one_line(text: str, width: int) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -211,7 +221,7 @@ def report(console: Any, comparison: Comparison, generation: Generation, title: 
     console.print(table)
 
 
-def main(output: Path = Path("runs/demo"), steps: int = 40, compare_steps: int = 12) -> int:
+def main(output: Path, steps: int, compare_steps: int) -> int:
     """Run the demo; the exit code is 1 if the losses of the two sides differ."""
     require("peft", "demo", extra="peft")
     console = require("rich.console", "demo").Console(highlight=False)
@@ -250,9 +260,15 @@ def main(output: Path = Path("runs/demo"), steps: int = 40, compare_steps: int =
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m prefix_fast.demo", description="A prefix learnt, and PEFT beside it."
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser.add_argument("--steps", type=int, default=40, help="training steps")
+    parser.add_argument("--compare-steps", type=int, default=12, help="of these, how many are repeated beside PEFT")
     try:
-        sys.exit(main())
+        sys.exit(main(**vars(parser.parse_args())))
     except KeyboardInterrupt:
         sys.exit(130)
-    except MissingExtraError as error:
+    except (MissingExtraError, ValueError) as error:
         sys.exit(str(error))

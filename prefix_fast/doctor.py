@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from prefix_fast import dispatch, testing
+from prefix_fast.backends import native
 from prefix_fast.testing import Case
 
 CASES = (
@@ -75,6 +76,8 @@ def environment() -> dict[str, str]:
     facts = {"processor": _processor(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+    if native.availability() is None:
+        facts |= {f"cpu {name}": value for name, value in native.description().items()}
     facts["python"] = platform.python_version()
     for package in ("prefix-fast", "torch", "transformers", "peft", "triton"):
         try:

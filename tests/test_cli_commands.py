@@ -92,6 +92,18 @@ def test_interrupted_run_says_how_to_resume_and_then_equals_a_whole_one(inputs, 
     assert all(torch.equal(left["parameters"][name], right["parameters"][name]) for name in right["parameters"])
 
 
+def test_half_precision_accumulation_and_text_start(inputs, tmp_path):
+    result = invoke(
+        *("train", "--model", inputs / "model", "--dataset", inputs / "pairs.jsonl", "--output", tmp_path / "run"),
+        *("--source-column", "facts", "--target-column", "text", "--init-text", "Place 1", "--no-prefix-projection"),
+        *("--steps", 2, "--batch-size", 2, "--gradient-accumulation", 2, "--compute-dtype", "bfloat16"),
+    )
+    assert result.exit_code == 0, result.output
+    state = torch.load(tmp_path / "run" / "training_state.pt", weights_only=True)
+    assert {tensor.dtype for tensor in state["parameters"].values()} == {torch.float32}
+    assert invoke("generate", "--run", tmp_path / "run", "--max-new-tokens", 3, "a").exit_code == 0
+
+
 def test_output_with_another_run_is_refused(inputs, tmp_path):
     assert train(inputs, tmp_path / "run").exit_code == 0
     assert "which holds another run; continue it with --resume" in error_of(train(inputs, tmp_path / "run"))
