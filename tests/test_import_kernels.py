@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 FIND = (
-    "import importlib.util, pathlib; spec = importlib.util.find_spec('kernels'); "
-    "print(spec.origin if spec else None)"
+    "import importlib.util, pathlib; spec = importlib.util.find_spec('kernels'); print(spec.origin if spec else None)"
 )
 
 
@@ -34,9 +33,7 @@ def test_kernels_is_not_ours_for_a_script(root: Path, tmp_path: Path) -> None:
 
 def test_kernels_is_not_ours_isolated(root: Path) -> None:
     # -I, as in every command of the Makefile.
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", FIND], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-I", "-c", FIND], cwd=root, capture_output=True, text=True, check=True)
     assert not ours(done.stdout.strip(), root)
 
 
