@@ -45,7 +45,9 @@ test-all: lint  ## lint, then every test
 	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark --timeout 1800 $(ARGS)
 
 bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
-	@$(PYTHON) -m pytest -q benchmarks --benchmark-only --plot $(ARGS)
+	@mkdir -p benchmarks/results
+	@$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet --plot \
+		--benchmark-json benchmarks/results/latest.json $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, clang-format
 	@echo "== lint"
