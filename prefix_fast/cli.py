@@ -81,12 +81,13 @@ def train(
         from prefix_fast.training.session import RunSettings, resume_run, start_run
 
         console = Console()
+        say = partial(console.print, markup=False, highlight=False)
         given = {field.name: ctx.params[field.name] for field in fields(RunSettings)}
         if resume:
             _refuse_changes(ctx, output, given)
-            run = resume_run(output, say=console.print)
+            run = resume_run(output, say=say)
         elif model and dataset:
-            run = start_run(RunSettings(**given), output, overwrite=overwrite, say=console.print)
+            run = start_run(RunSettings(**given), output, overwrite=overwrite, say=say)
         else:
             raise ValueError("train: expected --model and --dataset, got only one or none; name both, or --resume")
         _train(run.trainer, console, output)

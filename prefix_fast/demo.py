@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def learn(settings: RunSettings, output: Path, console: Any) -> Run:
     """Train the prefix; show the loss, and held-out answers without it and with it."""
     progress_class = require("prefix_fast.training.progress", "demo").TrainingProgress
     escape = require("rich.markup", "demo").escape
-    run = start_run(settings, output, overwrite=True, say=console.print)
+    run = start_run(settings, output, overwrite=True, say=partial(console.print, markup=False))
     chosen = run.data.test[:: max(1, len(run.data.test) // SHOWN_ANSWERS)][:SHOWN_ANSWERS]
 
     def answers(model: Any) -> list[str]:

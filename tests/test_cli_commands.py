@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from training_inputs import save_tiny_model, write_pairs
+from training_inputs import save_tiny_model, tiny_tokenizer, write_pairs
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from prefix_fast import cli
@@ -59,6 +60,11 @@ def test_train_eval_generate(inputs, tmp_path):
     (prediction,) = map(json.loads, (output / "predictions.jsonl").read_text().splitlines())
     assert set(prediction) == {"source", "prediction", "references"}
 
+    result = invoke(
+        "eval", "--run", output, "--max-new-tokens", 2, "--dataset", inputs / "pairs.jsonl", "--examples", 9
+    )
+    assert result.exit_code == 0 and len((output / "predictions.jsonl").read_text().splitlines()) == 9
+
     result = invoke("generate", "--run", output, "--json", "--max-new-tokens", 5, "name[x]", "area[y]")
     assert result.exit_code == 0, result.output
     assert [json.loads(line)["source"] for line in result.stdout.splitlines()] == ["name[x]", "area[y]"]
@@ -108,6 +114,15 @@ def test_output_with_another_run_is_refused(inputs, tmp_path):
     assert train(inputs, tmp_path / "run").exit_code == 0
     assert "which holds another run; continue it with --resume" in error_of(train(inputs, tmp_path / "run"))
     assert train(inputs, tmp_path / "run", "--overwrite").exit_code == 0
+
+
+def test_rows_beyond_the_position_table_are_refused_before_the_run(inputs, tmp_path):
+    config = GPT2Config(vocab_size=300, n_positions=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    error = error_of(train(inputs, tmp_path / "run", "--model", tmp_path / "gpt2", "--num-virtual-tokens", 35))
+    assert re.search(r"expected prefix and row to fit the model's 40 positions, got 35 \+ \d+; lower", error)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_with_other_settings_is_refused(inputs, tmp_path):

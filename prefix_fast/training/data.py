@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefix_fast.training.named import NAMED_DATA_SETS, load_named
 from prefix_fast.training.pydoc import pydoc_examples
-from prefix_fast.training.tables import Example, group_references, read_table, spread_references
+from prefix_fast.training.tables import TABLE_SUFFIXES, Example, group_references, read_table, spread_references
 
 __all__ = ["Data", "Example", "data_folder", "load_data"]
 
@@ -79,7 +79,7 @@ def load_data(
             group_references(splits["validation"]),
             group_references(splits["test"]),
         )
-    if Path(name).suffix.lower() not in (".csv", ".jsonl"):
+    if Path(name).suffix.lower() not in TABLE_SUFFIXES:
         known = ", ".join((*NAMED_DATA_SETS, "pydoc"))
         raise ValueError(f"load_data: expected {known}, or a .csv or .jsonl file, got {name!r}; correct the name")
     return _hold_out(Path(name), read_table(name, source_column or "source", target_column or "target"))

@@ -4,13 +4,14 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from prefix_fast import dispatch
+from prefix_fast.models.families import position_limit
 from prefix_fast.patching import patch
 from prefix_fast.prefix import Prefix, PrefixConfig
 from prefix_fast.training.collate import RowFormat, RowTokenizer
@@ -20,6 +21,7 @@ from prefix_fast.training.loop import LoopSettings, Trainer
 from prefix_fast.training.metrics import text_metrics
 from prefix_fast.training.models import LanguageModel, load_language_model
 from prefix_fast.training.run_folder import RunFolder, write_atomically
+from prefix_fast.training.tables import TABLE_SUFFIXES, group_references, read_table
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
@@ -172,18 +174,29 @@ def _prepare(settings: RunSettings, say: Callable[[str], None], make_folder: Cal
     prefix = make_prefix(settings, language_model)
     dispatch.choose(settings.backend, device.type, model.dtype, prefix.geometry.head_dim, ())
     patch(model, prefix, backend=settings.backend)
+    train_rows, eval_rows = rows.rows(train), rows.rows(held_out)
+    _check_positions(model, prefix, max(map(len, train_rows + eval_rows)))
     say(f"{len(train)} training rows, {len(held_out)} held out; {_describe(prefix)}")
-    folder = make_folder()
     trainer = Trainer(
         model,
-        rows.rows(train),
-        folder,
+        train_rows,
+        make_folder(),
         loop,
         pad_token_id=tokenizer.pad_token_id,
         save_prefix=model.prefix.save_pretrained,
-        eval_rows=rows.rows(held_out),
+        eval_rows=eval_rows,
     )
-    return Run(trainer, language_model, rows, data, folder, settings)
+    return Run(trainer, language_model, rows, data, trainer.folder, settings)
+
+
+def _check_positions(model: Any, prefix: Prefix, longest: int) -> None:
+    """Refuse rows that cannot fit before a run is begun, not in the middle of it."""
+    limit = position_limit(model)
+    if limit is not None and prefix.num_virtual_tokens + longest > limit:
+        raise ValueError(
+            f"train: expected prefix and row to fit the model's {limit} positions, got {prefix.num_virtual_tokens} + "
+            f"{longest}; lower --max-source-tokens, --max-target-tokens or --num-virtual-tokens"
+        )
 
 
 def _load(settings: RunSettings) -> Data:
@@ -245,12 +258,17 @@ def load_trained(run: str | Path, *, device: str | None = None, backend: str | N
 def examples_of(
     settings: RunSettings, split: str, limit: int, *, dataset: str | None = None, data_dir: str | None = None
 ) -> list[Example]:
-    """Examples of the run's own data set, or of another one (a file with the same columns)."""
+    """Examples of a split of the run's data set or another named one; of a file (with the run's columns) all rows."""
     if limit < 0:
         raise ValueError(f"eval: expected --examples >= 0, got {limit}; 0 takes all")
-    if dataset is not None:
-        settings = replace(settings, dataset=dataset, data_dir=data_dir or settings.data_dir)
-    return _load(settings).split(split)[: limit or None]
+    columns = (settings.source_column or "source", settings.target_column or "target")
+    if dataset is None:
+        examples = _load(settings).split(split)
+    elif Path(dataset).suffix.lower() in TABLE_SUFFIXES:
+        examples = group_references(read_table(dataset, *columns))
+    else:
+        examples = load_data(dataset, data_dir=data_dir or settings.data_dir).split(split)
+    return examples[: limit or None]
 
 
 def evaluate_run(

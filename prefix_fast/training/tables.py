@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TABLE_SUFFIXES = (".csv", ".jsonl")
+
 
 class Example(NamedTuple):
     """One source text with the targets that answer it: one for training, any number of references for evaluation."""
