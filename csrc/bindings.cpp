@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -201,9 +200,8 @@ void read_dropout(py::handle source, Problem& p) {
     const double rate = get(source, names().dropout_p).cast<double>();
     p.dropout = rate > 0;
     if (!p.dropout) return;
-    const double threshold = std::floor(rate * 4294967296.0);
-    p.dropout_threshold = threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold);
-    p.keep_scale = rate >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - rate));
+    p.dropout_threshold = static_cast<uint32_t>(rate * 4294967296.0);  // rate < 1
+    p.keep_scale = static_cast<float>(1.0 / (1.0 - rate));
     p.seed = static_cast<uint64_t>(read_ints(get(source, names().dropout_seed)).at(0));
 }
 

@@ -121,9 +121,9 @@ inline void attend(const Problem& p, const LaneBlock& block, const float* querie
         KeyTile tile;
         if (!bound_tile(block, run, start, std::min(kForwardTile, last - start), tile)) continue;
         tile.key = tile_rows(run, run.key, run.key_stride, run.key_dtype, start, tile.count, p.head_dim,
-                             scratch()[kKeyTile]);
+                             block.groups > 1, scratch()[kKeyTile]);
         tile.value = tile_rows(run, run.value, run.value_stride, run.value_dtype, start, tile.count,
-                               p.head_dim, scratch()[kValueTile]);
+                               p.head_dim, block.groups > 1, scratch()[kValueTile]);
         score_tile(block, tile, tile.key, p.head_dim, queries, scores, step);
         mask_scores(p, block, run, tile, scores, step);
         if (keep != nullptr) dropout_tile(p, block, run, tile, keep, step);

@@ -147,7 +147,7 @@ inline void differentiate(const Problem& p, const LaneBlock& block, const BlockS
         KeyTile tile;
         if (!bound_tile(block, run, start, std::min(kBackwardTile, run.last - start), tile)) continue;
         tile.key = tile_rows(run, run.key, run.key_stride, run.key_dtype, start, tile.count, p.head_dim,
-                             scratch()[kKeyTile]);
+                             block.groups > 1, scratch()[kKeyTile]);
         score_tile(block, tile, tile.key, p.head_dim, state.query_lanes, scores, step);
         mask_scores(p, block, run, tile, scores, step);
         if (keep != nullptr) dropout_tile(p, block, run, tile, keep, step);
@@ -156,7 +156,7 @@ inline void differentiate(const Problem& p, const LaneBlock& block, const BlockS
             sum_tile(block, tile, p.head_dim, kept, step, state.grad_rows, sums.value);
         if (!want_scores) continue;
         tile.value = tile_rows(run, run.value, run.value_stride, run.value_dtype, start, tile.count,
-                               p.head_dim, scratch()[kValueTile]);
+                               p.head_dim, block.groups > 1, scratch()[kValueTile]);
         score_tile(block, tile, tile.value, p.head_dim, state.grad_lanes, grads, step);
         grad_score_tile(block, tile, state, step, keep, scores, grads);
         if (sums.key.data != nullptr)

@@ -129,9 +129,9 @@ inline void attend_few(const Problem& p, const LaneBlock& block, const float* qu
     for (int64_t start = run.first; start < last; start += kFewTile) {
         const int64_t count = std::min(kFewTile, last - start);
         const Matrix key = tile_rows(run, run.key, run.key_stride, run.key_dtype, start, count, p.head_dim,
-                                     scratch()[kKeyTile]);
+                                     false, scratch()[kKeyTile]);
         const Matrix value = tile_rows(run, run.value, run.value_stride, run.value_dtype, start, count,
-                                       p.head_dim, scratch()[kValueTile]);
+                                       p.head_dim, false, scratch()[kValueTile]);
         for (int lane = 0; lane < block.lanes; ++lane) {
             dot_keys(queries + lane * stride, key, count, p.head_dim, scores);
             mask_few(p, block, lane, run, start, count, scores);

@@ -75,12 +75,18 @@ struct KeyTile {
     Matrix key{nullptr, 0}, value{nullptr, 0};
 };
 
-// Keys or values of a tile as float32: in place where they are, else converted, with zeros for masked keys so
-// that whatever the caller keeps there cannot reach a sum.
+// Rows this far apart (heads between tokens) fall into a few sets of the first-level cache and evict each
+// other.
+constexpr int64_t kScatteredRows = 2048;  // bytes
+
+// Keys or values of a tile as float32: in place where they are, unless they are read many times from
+// scattered rows; else copied or converted, with zeros for masked keys so that whatever the caller keeps
+// there cannot reach a sum.
 inline Matrix tile_rows(const KeyRun& run, const char* data, int64_t stride, DType dtype, int64_t start,
-                        int64_t count, int64_t head_dim, Buffer& buffer) {
+                        int64_t count, int64_t head_dim, bool reused, Buffer& buffer) {
     const char* source = data + start * stride;
-    if (dtype == DType::kFloat32 && run.mask == nullptr) {
+    const bool scattered = reused && stride >= kScatteredRows;
+    if (dtype == DType::kFloat32 && run.mask == nullptr && !scattered) {
         return {reinterpret_cast<const float*>(source), stride / static_cast<int64_t>(sizeof(float))};
     }
     const int64_t target_stride = row_stride(head_dim);
