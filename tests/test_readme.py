@@ -1,12 +1,12 @@
 """The README's Python snippets run as they stand."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+README = Path(__file__).resolve().parent.parent / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def test_readme_has_snippets():
