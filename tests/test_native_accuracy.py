@@ -17,6 +17,7 @@ EDGES = [
 ]
 HEAD_DIMS = [Case(B=2, H=2, Hkv=1, Tq=33, Tk=33, P=20, D=dim) for dim in (1, 15, 17, 48, 64, 80, 96, 128, 200, 256)]
 OPTIONS = [
+    Case(B=9, H=4, Hkv=4, Tq=1, Tk=1, P=0, D=96),  # one key: the gradients of its score cancel
     Case(B=3, H=6, Hkv=2, Tq=40, Tk=70, P=30, D=64, N=3, ids="random", lengths="random"),
     Case(B=3, H=2, Hkv=2, Tq=70, Tk=40, P=30, D=16, query_offset="int"),
     Case(B=5, H=2, Hkv=2, Tq=30, Tk=80, P=9, D=16, query_offset="rows", key_mask="scattered"),

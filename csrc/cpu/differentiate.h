@@ -41,25 +41,34 @@ struct BlockState {
     float* query_grad = nullptr;  // [g][D][16]; null: not wanted
 };
 
-inline float dot_rows(const float* a, const float* b, int64_t padded) {
-    Vec sum{};
-    for (int64_t d = 0; d < padded; d += kWidth) sum = fma(load(a + d), load(b + d), sum);
-    return sum_lanes(sum);
+// delta = sum_d dO O, per lane and in the order in which dP is summed: for a query with one key the two then
+// cancel exactly.
+inline void load_delta(const Problem& p, const LaneBlock& block, const TokenView& out, BlockState& state) {
+    const int64_t step = group_stride(p.head_dim);
+    float* rows = scratch()[kOutRows].floats(kLanes * row_stride(p.head_dim));
+    float* lanes = scratch()[kOutLanes].floats(kGroups * step);
+    read_lanes(out, block, p.head_dim, 1.0f, rows);
+    rows_to_lanes(rows, block.groups, p.head_dim, lanes);
+    for (int g = 0; g < block.groups; ++g) {
+        for (int v = 0; v < kGroup; v += kWidth) {
+            Vec sum{};
+            for (int64_t d = 0; d < p.head_dim; ++d) {
+                const int64_t at = g * step + d * kGroup + v;
+                sum = fma(load(lanes + at), load(state.grad_lanes + at), sum);
+            }
+            store(state.delta + g * kGroup + v, sum);
+        }
+    }
 }
 
-inline void load_statistics(const Problem& p, const LaneBlock& block, const Saved& saved,
-                            const float* grad_rows, BlockState& state) {
-    const int64_t stride = row_stride(p.head_dim), padded = round_up(p.head_dim, kGroup);
-    float* out_rows = scratch()[kOutRows].floats(kLanes * stride);
-    read_lanes(saved.out, block, p.head_dim, 1.0f, out_rows);
+inline void load_statistics(const Problem& p, const LaneBlock& block, const Saved& saved, BlockState& state) {
     std::fill_n(state.lse, kLanes, kInf);
-    std::fill_n(state.delta, kLanes, 0.0f);
+    load_delta(p, block, saved.out, state);
     for (int lane = 0; lane < block.lanes; ++lane) {
         const int64_t b = block.row[lane], h = block.head[lane], i = block.query[lane];
         const float lse = read_element(saved.lse.at(b, h, i), DType::kFloat32);
         if (lse == -kInf) continue;
         state.lse[lane] = std::max(lse * kLog2E, kLowest);
-        state.delta[lane] = dot_rows(grad_rows + lane * stride, out_rows + lane * stride, padded);
         if (saved.grad_lse) state.delta[lane] -= read_element(saved.grad_lse.at(b, h, i), DType::kFloat32);
     }
 }
@@ -79,7 +88,7 @@ inline void load_block(const Problem& p, const LaneBlock& block, const Saved& sa
     rows_to_lanes(grad_rows, block.groups, p.head_dim, grad_lanes);
     state.grad_rows = grad_rows;
     state.grad_lanes = grad_lanes;
-    load_statistics(p, block, saved, grad_rows, state);
+    load_statistics(p, block, saved, state);
     if (want_query) {
         state.query_grad = scratch()[kOutLanes].floats(lanes);
         std::fill_n(state.query_grad, lanes, 0.0f);

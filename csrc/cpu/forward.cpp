@@ -252,6 +252,7 @@ void forward(const Problem& p, const TokenView& out, const TokenView& lse) {
             run_row(p, plan, block, kv_head, out, lse);
         }
     });
+    trim_scratch();
 }
 
 }  // namespace prefix_fast

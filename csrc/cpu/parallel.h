@@ -68,9 +68,18 @@ enum Slot {
 
 using Scratch = std::array<Buffer, kSlots>;
 
+// What the partial sums of a call may keep afterwards; larger ones go back to the system.
+constexpr int64_t kKeptFloats = int64_t{64} << 20;
+
 inline Scratch& scratch() {
     static thread_local Scratch buffers;
     return buffers;
+}
+
+// To be called at the end of a call, by the thread that made it.
+inline void trim_scratch() {
+    Buffer& sums = scratch()[kCallSums];
+    if (sums.capacity() > kKeptFloats) sums.release();
 }
 
 // task(0), ..., task(count - 1) in any order on up to `threads` threads; the first exception is rethrown
