@@ -26,25 +26,26 @@ def patch(
 ) -> Any:
     """Give a model a prefix: keys and values in every layer that all tokens attend to, outside the key/value cache.
 
-    A model that is patched already gets the new prefix instead of the old one. If anything raises, the model is as it was.
+    A model that is patched already gets the new prefix instead of the old one. If anything raises, the model is as it
+    was.
 
     Args:
         model: a decoder-only transformers model, or a PeftModel (causal language model) whose active adapter is prefix
             tuning: its own adapter is the prefix, and parameters, files, losses and tokens stay PEFT's.
-        prefix: None: a fresh `PrefixConfig()`; an int: that many virtual tokens (0: no prefix); a PrefixConfig; a Prefix;
-            a folder or Hub id. None for a PeftModel.
+        prefix: None: a fresh `PrefixConfig()`; an int: that many virtual tokens (0: no prefix); a PrefixConfig; a
+            Prefix; a folder or Hub id. None for a PeftModel.
         backend: of the operator, as in `prefix_attention`.
         freeze: freeze the language model; `model.prefix` is then the only trainable module, and the only one saved.
-        fused_loss: with labels in training mode, run head and loss on the labelled positions only; the output's `logits`
-            are computed when first read (None under torch.compile).
+        fused_loss: with labels in training mode, run head and loss on the labelled positions only; the output's
+            `logits` are computed when first read (None under torch.compile).
         compute_dtype: run every forward under autocast of this dtype, bfloat16 or float16. None: as called.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: an argument of another type. ValueError: a prefix for another model, an unknown backend, arguments that
-            contradict each other. NotImplementedError: a model that cannot be patched, with the reason.
+        TypeError: an argument of another type. ValueError: a prefix for another model, an unknown backend, arguments
+            that contradict each other. NotImplementedError: a model that cannot be patched, with the reason.
     """
     _check_options(backend, compute_dtype)
     if _is_peft(model):
@@ -52,31 +53,23 @@ def patch(
 
         if prefix is not None or not freeze:
             raise ValueError(
-                "patch: expected neither prefix nor freeze=False for a PeftModel, whose active adapter is the prefix and"
-                " says what is trained; leave them out"
+                "patch: expected neither prefix nor freeze=False for a PeftModel, whose active adapter is the prefix"
+                " and says what is trained; leave them out"
             )
         if peft.is_patched(model):
             unpatch(model)
         return peft.patch_peft(model, backend, fused_loss, compute_dtype)
 
     admission.check_model(model)
-    was = None
-    if hosts.is_patched(model):
-        if not isinstance(model, hosts.PrefixHost):
-            raise ValueError("patch: expected the PeftModel around this patched model; patch or unpatch that one")
-        was = model.__dict__[hosts.STATE]
-    elif hasattr(model, "prefix"):
-        raise NotImplementedError(
-            f"patch: expected a model without an attribute `prefix`, got {type(model).__name__}; it cannot be patched"
-        )
+    was = _earlier_state(model)
+    own_class: Any = type(model)
     geometry = model_geometry(model.config)
     module = _prefix_module(prefix, model)
     if was is None:
-        positions = admission.admit(model, geometry)
+        positions, plan = admission.admit(model, geometry), loss_plan(own_class)
     else:
-        positions = was.positions
+        positions, plan = was.positions, was.plan
         _restore_grad(model, was)
-    parameters = dict(model.named_parameters()) if freeze else {}
     state = hosts.HostState(
         backend=backend,
         fused_loss=fused_loss,
@@ -85,15 +78,9 @@ def patch(
         positions=positions,
         limit=families.position_limit(model),
         parameters=hosts.forward_parameters(model),
-        requires_grad={
-            name: parameter.requires_grad for name, parameter in parameters.items() if not name.startswith("prefix.")
-        }
-        if freeze
-        else None,
-        plan=loss_plan(type(model)) if was is None else was.plan,
+        requires_grad=_freeze(model) if freeze else None,
+        plan=plan,
     )
-    for name in state.requires_grad or ():
-        parameters[name].requires_grad_(False)
     if module is not None:
         module.to(model.get_input_embeddings().weight.device).train(model.training)
     model.register_module("prefix", module)
@@ -122,12 +109,39 @@ def unpatch(model: Any) -> Any:
         if peft.is_patched(model):
             return peft.unpatch_peft(model)
     elif hosts.is_patched(model) and isinstance(model, hosts.PrefixHost):
-        state = hosts.step_out(model)
-        hub.leave_attention(model)
-        _restore_grad(model, state)
-        del model._modules["prefix"]
-        return model
+        return _leave(model)
     raise ValueError(f"unpatch: expected a model that patch returned, got {type(model).__name__}; patch it first")
+
+
+def _leave(model: Any) -> Any:
+    state = hosts.step_out(model)
+    hub.leave_attention(model)
+    _restore_grad(model, state)
+    del model._modules["prefix"]
+    return model
+
+
+def _earlier_state(model: Any) -> hosts.HostState | None:
+    """What an earlier patch left on the model; None: it is not patched."""
+    if hosts.is_patched(model):
+        if not isinstance(model, hosts.PrefixHost):
+            raise ValueError("patch: expected the PeftModel around this patched model; patch or unpatch that one")
+        return model.__dict__[hosts.STATE]
+    if hasattr(model, "prefix"):
+        raise NotImplementedError(
+            f"patch: expected a model without an attribute `prefix`, got {type(model).__name__}; it cannot be patched"
+        )
+    return None
+
+
+def _freeze(model: Any) -> dict[str, bool]:
+    """Freeze all but the prefix; returns what `requires_grad` was, by name."""
+    before = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("prefix."):
+            before[name] = parameter.requires_grad
+            parameter.requires_grad_(False)
+    return before
 
 
 def _restore_grad(model: Any, state: hosts.HostState) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be patched, and calls that a patched model refuses: the error says what was expected, what came, what to do."""
+"""What cannot be patched, and what a patched model refuses: errors that say what came and what to do."""
 
 import json
 import pickle
@@ -79,6 +79,14 @@ def compressed():
     )
 
 
+def doge():
+    return build("Doge", **TINY, intermediate_size=32)
+
+
+def stablelm():
+    return build("StableLm", **TINY, num_key_value_heads=4, intermediate_size=32)
+
+
 def split_over_devices():
     model = make_model("llama")
     model.hf_device_map = {"model": 0, "lm_head": "cpu"}
@@ -125,6 +133,8 @@ def with_another_attention():
         (bart, NotImplementedError, "decoder-only model, got BartForConditionalGeneration, an encoder-decoder"),
         (bert, NotImplementedError, "positions can be shifted"),
         (compressed, NotImplementedError, "kv_lora_rank"),
+        (doge, NotImplementedError, "masks down to the attention as they are, got DogeForCausalLM"),
+        (stablelm, NotImplementedError, r"each of StableLmForCausalLM's 2 layers once, got layers \[\]"),
         (split_over_devices, NotImplementedError, r"on one device, got LlamaForCausalLM on \['cpu', 'cuda:0'\]"),
         (on_meta, NotImplementedError, "a model with weights, got LlamaForCausalLM on the meta device"),
         (with_a_prefix, NotImplementedError, "without an attribute `prefix`"),

@@ -1,4 +1,4 @@
-"""A patched model against transformers' own cache that holds the prefix: logits, losses, gradients, positions, masks."""
+"""A patched model against transformers' own cache that holds the prefix: logits, losses, gradients, masks."""
 
 import pytest
 import torch

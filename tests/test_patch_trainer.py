@@ -1,4 +1,4 @@
-"""Files of patched models, and transformers' Trainer: checkpoints of the prefix alone, resuming, best model at the end."""
+"""Files of patched models, and transformers' Trainer: checkpoints of the prefix alone, resuming, the best model."""
 
 import json
 import logging

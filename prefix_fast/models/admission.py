@@ -1,8 +1,8 @@
-"""Which models are let in: every reason not to patch one, and a trial run that shows that the prefix reaches each layer.
+"""Which models are let in: the reasons not to patch one, and a trial run that shows the prefix reach each layer.
 
-The trial is one forward of two tokens, without gradients, in which our attention function returns zeros and takes note of
-who called it with what. A model whose layers do not all call it, or that hand it something that would change the result
-and that the operator does not know, is refused.
+The trial is one forward of two tokens, without gradients, in which our attention function returns zeros and takes
+note of who called it with what. A model whose layers do not all call it, or that hand it something that would change
+the result and that the operator does not know, is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prefix_fast.geometry import Geometry
 from prefix_fast.models import families, hub
+from prefix_fast.models.masks import OwnMask
 
 # Keywords of the attention call that the operator knows, and those that change nothing.
 _UNDERSTOOD = {"dropout", "scaling", "softcap", "s_aux"}
@@ -60,7 +61,7 @@ def check_model(model: Any) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(
-            f"patch: expected a decoder-only model, got {name}, an encoder-decoder; their prefix sites are not supported"
+            f"patch: expected a decoder-only model, got {name}, an encoder-decoder; its sites are not supported yet"
         )
     if config.get_text_config() is not config:
         raise NotImplementedError(
@@ -87,8 +88,8 @@ def admit(model: Any, geometry: Geometry) -> str:
         How the model counts positions (see `families`).
 
     Raises:
-        NotImplementedError: the model cannot be patched, with the reason. ValueError: it runs reentrant checkpointing. Its
-            config is then as it was.
+        NotImplementedError: the model cannot be patched, with the reason. ValueError: it runs reentrant
+            checkpointing. Its config is then as it was.
     """
     _check_checkpointing(model)
     hub.enter_attention(model)
@@ -132,8 +133,8 @@ def _run_trial(model: Any, geometry: Geometry) -> None:
     """Run two tokens through the model, whose config already has our attention's name.
 
     Raises:
-        NotImplementedError: not every layer calls our attention function with the prefix, or one hands it something that
-            the operator does not know, or has keys and values of other shapes.
+        NotImplementedError: not every layer calls our attention function with the prefix, or one hands it something
+            that the operator does not know, or has keys and values of other shapes.
     """
     trial = Trial()
     name = type(model).__name__
@@ -144,12 +145,12 @@ def _run_trial(model: Any, geometry: Geometry) -> None:
             module.training = False
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False, **{hub.KEYWORD: trial})
-    except TypeError as error:
-        if hub.KEYWORD not in str(error):
+    except (TypeError, AttributeError) as error:
+        if hub.KEYWORD not in str(error) and OwnMask.__name__ not in str(error):
             raise
         raise NotImplementedError(
-            f"patch: expected a forward that hands its keywords down to the attention, got {name}, which does not:"
-            f" {error}; it cannot be patched"
+            f"patch: expected a forward that hands keywords and masks down to the attention as they are, got {name},"
+            f" which does not: {error}; it cannot be patched"
         ) from error
     finally:
         for module in training:

@@ -30,7 +30,8 @@ def position_style(model: Any) -> str | None:
         return style
     for module in (model, *model.modules()):
         forward = inspect.unwrap(type(module).forward)
-        if "past_seen_tokens" in getattr(forward, "__code__", type).co_varnames:
+        code = getattr(forward, "__code__", None)
+        if code is not None and "past_seen_tokens" in code.co_varnames:
             try:
                 source = "".join(inspect.getsource(forward).split())
             except OSError:
@@ -59,9 +60,9 @@ def shifted_positions(style: str, arguments: dict[str, Any], length: int) -> Ten
     given = arguments.get("position_ids")
     if given is not None:
         return given + length
-    inputs = arguments.get("input_ids")
-    inputs = inputs if inputs is not None else arguments["inputs_embeds"]
-    tokens = inputs.shape[1] if inputs is arguments.get("inputs_embeds") else inputs.shape[-1]
+    ids = arguments.get("input_ids")
+    inputs: Tensor = arguments["inputs_embeds"] if ids is None else ids
+    tokens = inputs.shape[1] if ids is None else inputs.shape[-1]
     cache = arguments.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
     steps = torch.arange(tokens, device=inputs.device)

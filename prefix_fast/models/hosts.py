@@ -2,9 +2,9 @@
 
     model.__class__ = type(cls.__name__, (mixin, cls), {...})
 
-`isinstance`, the class's name and module, and the signature of its forward stay as they were, so `generate`, Trainer and
-PEFT see the model that they know; copies and pickles of the model keep the prefix. `PrefixHost` owns its prefix (the
-submodule `prefix`); `BorrowingHost` gets one with each call, from the PeftModel around it.
+`isinstance`, the class's name and module, and the signature of its forward stay as they were, so `generate`, Trainer
+and PEFT see the model that they know; copies and pickles of the model keep the prefix. `PrefixHost` owns its prefix
+(the submodule `prefix`); `BorrowingHost` gets one with each call, from the PeftModel around it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class HostState:
 class HostMixin:
     """What a patched transformers model does otherwise than its class."""
 
-    _prefix_fast_class: type  # the class that was stepped into
+    _prefix_fast_class: Any  # the class that was stepped into
 
     def _prefix_context(self) -> hub.PrefixContext | None:
         """The prefix of a call that does not bring one."""
@@ -155,7 +155,7 @@ class PrefixHost(HostMixin):
     def _keys_to_ignore_on_save(self) -> Any:
         """What a checkpoint leaves out; Trainer reads it after loading one."""
         if self.__dict__[STATE].requires_grad is None:
-            return self._prefix_fast_class._keys_to_ignore_on_save  # type: ignore[attr-defined]
+            return self._prefix_fast_class._keys_to_ignore_on_save
         return [name for name in self.state_dict() if not name.startswith("prefix.")]  # type: ignore[attr-defined]
 
 
@@ -181,8 +181,8 @@ def non_reentrant(checkpoint: Callable, name: str) -> Callable:
     """
     if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
         raise ValueError(
-            f"{name}: expected gradient checkpointing with use_reentrant=False, got True, under which the prefix gets no"
-            " gradient; leave it out or pass False"
+            f"{name}: expected gradient checkpointing with use_reentrant=False, got True, under which the prefix gets"
+            " no gradient; leave it out or pass False"
         )
     if "use_reentrant" in getattr(checkpoint, "keywords", {}):
         return checkpoint
@@ -190,7 +190,7 @@ def non_reentrant(checkpoint: Callable, name: str) -> Callable:
 
 
 def _keep_rows_whole(arguments: dict[str, Any]) -> None:
-    """A traced model cannot look whether positions restart, so it prepares for several texts in one row: say it has one."""
+    """Say that a row is one text: a traced model cannot look whether positions restart, and prepares for several."""
     if all(arguments.get(name) is None for name in ("attention_mask", "position_ids", "past_key_values")):
         inputs = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         arguments["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
@@ -201,9 +201,9 @@ def _mixin_of(patched: type) -> type:
 
 
 @functools.cache
-def patched_class(cls: type, mixin: type) -> type:
+def patched_class(cls: Any, mixin: Any) -> Any:
     """The subclass of `cls` that an instance steps into; the same one for every instance."""
-    original = cls.forward  # type: ignore[attr-defined]
+    original = cls.forward
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +219,7 @@ def patched_class(cls: type, mixin: type) -> type:
     return type(cls.__name__, (mixin, cls), namespace)
 
 
-def _rebuild(cls: type, mixin: type) -> Any:
+def _rebuild(cls: Any, mixin: Any) -> Any:
     """A bare instance for copy and pickle, in a process that may not have patched anything yet."""
     hub.register()
     return object.__new__(patched_class(cls, mixin))
@@ -230,16 +230,17 @@ def is_patched(model: Any) -> bool:
     return "_prefix_fast_class" in type(model).__dict__
 
 
-def step_in(model: Any, mixin: type, state: Any) -> None:
-    """Give the model our class, with `state`."""
-    model.__dict__[STATE] = state
-    model.__class__ = patched_class(type(model), mixin)
+def step_in(model: Any, mixin: Any, state: Any, name: str = STATE) -> None:
+    """Give the model our class, with `state` under its name."""
+    cls: Any = type(model)
+    model.__dict__[name] = state
+    model.__class__ = patched_class(cls, mixin)
 
 
-def step_out(model: Any) -> Any:
+def step_out(model: Any, name: str = STATE) -> Any:
     """Give the model its own class back; returns the state it had."""
     model.__class__ = type(model)._prefix_fast_class
-    return model.__dict__.pop(STATE)
+    return model.__dict__.pop(name)
 
 
 def forward_parameters(model: Any) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The adapter to transformers' attention interface: our attention function, and the prefix it is handed.
 
-    fn(module, query [B, H, Tq, D], key, value [B, Hkv, Tk, D], mask, scaling=, dropout=, **kwargs) -> ([B, Tq, H, D], None)
+    fn(module, query [B, H, Tq, D], key, value [B, Hkv, Tk, D], mask, **kwargs) -> ([B, Tq, H, D], None)
 
 The prefix comes down the model's forward as one more keyword argument, a `PrefixContext`. A call without it belongs to
 a model that is not patched but shares its config with one that is, or to attention that reads no prefix (GPT-2's
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefix_fast.functional import Segment, segment_attention
 from prefix_fast.models.masks import OwnMask, Visible, make_own_mask
@@ -52,7 +52,7 @@ class PrefixContext:
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -67,8 +67,8 @@ class PrefixContext:
         """Attention of one layer to the prefix and the own tokens: what the interface asks of an attention function."""
         if self.needs_grad and not torch.is_grad_enabled():
             raise RuntimeError(
-                "prefix_fast: expected the layers to run with gradients as the prefix does, got a layer under no_grad, as"
-                " reentrant gradient checkpointing runs it, where the prefix would get no gradient; use"
+                "prefix_fast: expected the layers to run with gradients as the prefix does, got a layer under no_grad,"
+                " as reentrant gradient checkpointing runs it, where the prefix would get no gradient; use"
                 " use_reentrant=False"
             )
         visible = self._visible(query, mask)
@@ -109,7 +109,7 @@ class PrefixContext:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that is registered with transformers."""
     context = kwargs.pop(KEYWORD, None)
@@ -121,7 +121,7 @@ def attention_forward(
     return _original_function(module, original)(module, query, key, value, attention_mask, **kwargs)
 
 
-def _original_function(module: nn.Module, original: str) -> Callable:
+def _original_function(module: Any, original: str) -> Callable:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -158,7 +158,10 @@ def enter_attention(model: Any) -> None:
     register()
     original = original_attention(model.config)
     name = ATTENTION_NAMES.get(original)
-    where = f"patch: expected a model whose attention goes through transformers' attention interface, got {type(model).__name__}"
+    where = (
+        "patch: expected a model whose attention goes through transformers' attention interface, got"
+        f" {type(model).__name__}"
+    )
     if name is None:
         raise NotImplementedError(
             f"{where} with attn_implementation={original!r}; load it with one of {sorted(ATTENTION_NAMES)}"

@@ -4,9 +4,9 @@
     rows   = hidden[labels ≠ ignored]   [N, hidden], the states that predict a label
     loss   = loss_function(head(rows))  the model's own, with its num_items_in_batch and ignore_index
 
-The full logits [B, T, vocabulary] are computed, with their graph, when something first reads them. Whether a class is of
-that form is read from the source of its forward, statement by statement; any other statement and the class keeps its own
-path, so a new model is slow at worst.
+The full logits [B, T, vocabulary] are computed, with their graph, when something first reads them. Whether a class is
+of that form is read from the source of its forward, statement by statement; any other statement and the class keeps
+its own path, so a new model is slow at worst.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class _OtherForm(Exception):  # noqa: N818 - a signal within this module
 
 
 @functools.cache
-def loss_plan(model_class: type) -> LossPlan | None:
+def loss_plan(model_class: Any) -> LossPlan | None:
     """The plan of a class, or None if its forward is not base → head → loss or its source cannot be read."""
-    forward = inspect.unwrap(model_class.forward)  # type: ignore[attr-defined]
+    forward = inspect.unwrap(model_class.forward)
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
         if not isinstance(function, ast.FunctionDef):
@@ -124,6 +124,8 @@ class _Reader:
         return found
 
     def _assignment(self, statement: ast.stmt) -> None:
+        target: ast.expr
+        value: ast.expr | None
         if isinstance(statement, ast.AnnAssign):
             target, value = statement.target, statement.value
         elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
@@ -301,7 +303,9 @@ def _lazy_class(output_class: Any) -> Any:
             return super().values()
 
         def get(self, key: Any, default: Any = None) -> Any:
-            return self[key] if key in self else default
+            if key == "logits":
+                self._read()
+            return super().get(key, default)
 
         def __reduce__(self) -> Any:
             self._read()

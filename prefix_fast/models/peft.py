@@ -2,8 +2,8 @@
 
 PEFT repeats the prefix for every row, hands it over as the past of the cache, lengthens the padding mask and shifts the
 positions. Here the PeftModel's forward and prepare_inputs_for_generation hand the model inside one `PrefixContext`
-instead, which shifts the positions by itself. Parameters, configs, adapters and files are PEFT's own and stay untouched;
-`disable_adapter` works because it calls the model inside without a prefix.
+instead, which shifts the positions by itself. Parameters, configs, adapters and files are PEFT's own and stay
+untouched; `disable_adapter` works because it calls the model inside without a prefix.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PeftState:
 class PeftHost:
     """What a patched PeftModelForCausalLM does otherwise than its class, while a prefix-tuning adapter is active."""
 
-    _prefix_fast_class: type
+    _prefix_fast_class: Any
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not _is_prefix_tuning(self.active_peft_config):
@@ -97,8 +97,9 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
     """`patch` for a PeftModel.
 
     Raises:
-        NotImplementedError: another task or adapter than prefix tuning of a causal language model, or a model inside that
-            cannot be patched. ValueError: an adapter of other shapes than the model's, a model inside that is patched.
+        NotImplementedError: another task or adapter than prefix tuning of a causal language model, or a model inside
+            that cannot be patched. ValueError: an adapter of other shapes than the model's, a model inside that is
+            patched.
     """
     from peft import PeftModelForCausalLM
 
@@ -114,6 +115,7 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
             f"patch: expected a PeftModelForCausalLM, got {type(model).__name__}; use task_type='CAUSAL_LM'"
         )
     base = model.base_model
+    base_class: Any = type(base)
     admission.check_model(base)
     if hosts.is_patched(base):
         raise ValueError("patch: expected a PeftModel around an unpatched model, got a patched one; unpatch that first")
@@ -128,18 +130,16 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
         positions=positions,
         limit=families.position_limit(base),
         parameters=hosts.forward_parameters(base),
-        plan=loss_plan(type(base)),
+        plan=loss_plan(base_class),
     )
     hosts.step_in(base, hosts.BorrowingHost, state)
-    model.__dict__[STATE] = PeftState(backend)
-    model.__class__ = hosts.patched_class(type(model), PeftHost)
+    hosts.step_in(model, PeftHost, PeftState(backend), STATE)
     return model
 
 
 def unpatch_peft(model: Any) -> Any:
     """`unpatch` for a PeftModel that is patched."""
-    model.__class__ = type(model)._prefix_fast_class
-    del model.__dict__[STATE]
+    hosts.step_out(model, STATE)
     hosts.step_out(model.base_model)
     hub.leave_attention(model.base_model)
     return model

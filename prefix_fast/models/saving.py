@@ -1,10 +1,10 @@
 """What a patched model writes: the prefix, not the language model that anyone can load again.
 
-    DIR/adapter_config.json, adapter_model.safetensors     the prefix, folded, in PEFT's format
-    DIR/model.safetensors                                  prefix.* and nothing else, as trained: what Trainer resumes from
+    DIR/adapter_config.json, adapter_model.safetensors    the prefix, folded, in PEFT's format
+    DIR/model.safetensors                                 prefix.* alone, as trained: what Trainer resumes from
 
-There is no config.json beside it: transformers' `from_pretrained` would take the folder for a whole model and fill it with
-random weights. A model that is trained along with its prefix is saved whole, its prefix in DIR/prefix.
+There is no config.json beside it: transformers' `from_pretrained` would take the folder for a whole model and fill it
+with random weights. A model that is trained along with its prefix is saved whole, its prefix in DIR/prefix.
 """
 
 from __future__ import annotations
