@@ -30,7 +30,7 @@ from prefix_fast.training.session import Run, RunSettings, make_prefix, start_ru
 
 LOSS_TOLERANCE = 1e-3
 GENERATED_TOKENS = 24
-GENERATION_REPEATS = 3
+GENERATION_REPEATS = 5
 SHOWN_ANSWERS = 3
 START_TEXTS = {
     "pydoc": (
@@ -61,16 +61,21 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times faster we are: the median over the steps, so one disturbed step does not count."""
-        return statistics.median(b / a for a, b in zip(self.our_seconds, self.peft_seconds, strict=True))
+        """How many times faster we are, the median over the steps."""
+        return median_ratio(self.our_seconds, self.peft_seconds)
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of theirs / ours over pairs of neighbouring runs: a disturbed moment does not count."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
 class Generation(NamedTuple):
     """Greedy generation of the same rows by both."""
 
     rows: int
-    our_seconds: float
-    peft_seconds: float
+    our_seconds: list[float]
+    peft_seconds: list[float]
     same_tokens: bool
 
 
@@ -141,7 +146,7 @@ def compare_training(run: Run, ours: nn.Module, theirs: nn.Module, steps: int, s
 
 
 def time_generation(ours: Any, theirs: Any, inputs: dict[str, Tensor], pad_token_id: int) -> Generation:
-    """Greedy generation by each, in turns after a warm-up; the median time, and whether the tokens are the same."""
+    """Greedy generation by each, in turns after a warm-up: the times, and whether the tokens are the same."""
     seconds: tuple[list[float], list[float]] = ([], [])
     tokens = []
     for repeat in range(GENERATION_REPEATS + 1):
@@ -159,8 +164,7 @@ def time_generation(ours: Any, theirs: Any, inputs: dict[str, Tensor], pad_token
                 times.append(time.perf_counter() - started)
             else:
                 tokens.append(output)
-    our_median, peft_median = (statistics.median(times) for times in seconds)
-    return Generation(len(inputs["input_ids"]), our_median, peft_median, torch.equal(*tokens))
+    return Generation(len(inputs["input_ids"]), *seconds, torch.equal(*tokens))
 
 
 def learn(settings: RunSettings, output: Path, console: Any) -> Run:
@@ -206,7 +210,7 @@ def report(console: Any, comparison: Comparison, generation: Generation, title: 
     """Both sides' times and results in one table."""
     table = require("rich.table", "demo").Table("work", "this library", "PEFT", "ratio", "results", title=title)
     table.add_row(
-        "training step (median)",
+        "training step",
         f"{statistics.median(comparison.our_seconds):.2f} s",
         f"{statistics.median(comparison.peft_seconds):.2f} s",
         f"{comparison.ratio:.2f}×",
@@ -214,9 +218,9 @@ def report(console: Any, comparison: Comparison, generation: Generation, title: 
     )
     table.add_row(
         f"{GENERATED_TOKENS} new tokens, {generation.rows} rows",
-        f"{generation.our_seconds:.2f} s",
-        f"{generation.peft_seconds:.2f} s",
-        f"{generation.peft_seconds / generation.our_seconds:.2f}×",
+        f"{statistics.median(generation.our_seconds):.2f} s",
+        f"{statistics.median(generation.peft_seconds):.2f} s",
+        f"{median_ratio(generation.our_seconds, generation.peft_seconds):.2f}×",
         "same tokens" if generation.same_tokens else "tokens differ",
     )
     console.print(table)
@@ -246,7 +250,12 @@ def main(output: Path, steps: int, compare_steps: int) -> int:
     ids = [run.rows.source_ids(example.source) for example in run.data.test[: settings.batch_size]]
     generation = time_generation(ours, theirs, collate_generation(ids, tokenizer.pad_token_id), tokenizer.pad_token_id)
     threads, length = torch.get_num_threads(), prefix.num_virtual_tokens
-    report(console, comparison, generation, f"B={settings.batch_size}, prefix of {length} tokens, {threads} threads")
+    report(
+        console,
+        comparison,
+        generation,
+        f"B={settings.batch_size}, prefix of {length} tokens, {threads} threads; medians",
+    )
     console.print(f"{output} has the prefix in PEFT's format, the metrics and the loss curve (loss.png).")
     console.print(f"The demo took {time.perf_counter() - started:.0f} s.")
     if comparison.largest_difference > LOSS_TOLERANCE:
