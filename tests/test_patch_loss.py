@@ -36,12 +36,12 @@ def test_head_sees_labelled_positions_only(watched):
         lambda out: out[:2][1],
         lambda out: out.get("logits"),
         lambda out: dict(out)["logits"],
-        lambda out: dict(out.items())["logits"],
         lambda out: out.to_tuple()[1],
-        lambda out: list(out.values())[1],
+        lambda out: torch.add(list(out.values())[1], 0),
+        lambda out: dict(out.items())["logits"] * 1,
         lambda out: list(out)[1] == "logits" and out.logits,
     ],
-    ids=["attribute", "key", "index", "slice", "get", "dict", "items", "tuple", "values", "iteration"],
+    ids=["attribute", "key", "index", "slice", "get", "dict", "tuple", "values", "items", "iteration"],
 )
 def test_logits_are_computed_when_read(watched, read):
     model, batch, seen = watched
@@ -67,6 +67,17 @@ def test_read_logits_carry_their_graph(watched):
         (out.loss + out.logits.square().mean()).backward()
     for ours, theirs in zip(model.prefix.parameters(), plain.prefix.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad)
+
+
+def test_mixed_precision_through_accelerate_reads_no_logits(watched):
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model, batch, seen = watched
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = convert_outputs_to_fp32(model)(**batch.arguments())
+    assert seen == [labelled(batch)]
+    assert out.logits.dtype == torch.float32
+    assert_close(out.logits, model.eval()(**batch.arguments()).logits, 0.03)
 
 
 def test_logits_read_outside_autocast():

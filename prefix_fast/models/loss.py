@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast.models.outputs import lazy_output
+
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 # What classes do to the logits between head and loss; each key is the statement as ast.unparse writes it.
 _SCALINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -249,68 +251,5 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
     fields = {name: getattr(outputs, inner, None) for name, inner in plan.output_fields.items()}
     if plan.output_class is None or compiling:
         return plan.output_class(loss=loss, logits=None, **fields)  # type: ignore[misc]
-    return lazy_output(plan.output_class, functools.partial(plan.logits, model, hidden), loss=loss, **fields)
-
-
-class _Unread:
-    """Stands where the logits will be, in the output's order of fields."""
-
-
-def lazy_output(output_class: type, compute: Callable[[], Tensor], **fields: Any) -> Any:
-    """An output of (a subclass of) `output_class` whose `logits` are computed when first read.
-
-    Gradient mode and autocast are those of now, not of the moment of reading.
-    """
-    output = _lazy_class(output_class)(**fields, logits=_Unread())
-    device = fields["loss"].device.type
-    state = (torch.is_grad_enabled(), device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-
-    def run() -> Tensor:
-        grad, where, autocast, dtype = state
-        with torch.set_grad_enabled(grad), torch.autocast(where, dtype=dtype, enabled=autocast):
-            return compute()
-
-    output.__dict__["_compute_logits"] = run
-    return output
-
-
-@functools.cache
-def _lazy_class(output_class: Any) -> Any:
-    class LazyOutput(output_class):
-        def _read(self) -> None:
-            run = self.__dict__.pop("_compute_logits", None)
-            if run is not None:
-                self["logits"] = run()
-
-        def __getattribute__(self, name: str) -> Any:
-            if name == "logits":
-                self._read()
-            return super().__getattribute__(name)
-
-        def __getitem__(self, key: Any) -> Any:
-            if isinstance(key, int):
-                key = tuple(self.keys())[key]
-            if key != "loss":
-                self._read()
-            return dict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-        def items(self) -> Any:
-            self._read()
-            return super().items()
-
-        def values(self) -> Any:
-            self._read()
-            return super().values()
-
-        def get(self, key: Any, default: Any = None) -> Any:
-            if key == "logits":
-                self._read()
-            return super().get(key, default)
-
-        def __reduce__(self) -> Any:
-            self._read()
-            return output_class, tuple(getattr(self, name) for name in self.__dataclass_fields__)
-
-    LazyOutput.__name__ = LazyOutput.__qualname__ = output_class.__name__
-    LazyOutput.__module__ = output_class.__module__
-    return LazyOutput
+    compute = functools.partial(plan.logits, model, hidden)
+    return lazy_output(plan.output_class, compute, logits.dtype, loss=loss, **fields)

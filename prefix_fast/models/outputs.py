@@ -1,0 +1,119 @@
+"""Model outputs whose logits are computed, with their graph, when something first reads them.
+
+Attribute, key, index, `to_tuple` and `dict` give the tensor. `items` and `values` give a stand-in until then, because
+accelerate rebuilds every output of a mixed-precision step from its items, with `float()` on each half-precision one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+_OPERATORS = ("getitem", "len", "iter", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul")
+
+
+class DeferredLogits:
+    """Stands in for logits that nothing has read; any use of it other than `dtype` and `float()` computes them.
+
+    Args:
+        compute: gives the logits.
+        dtype: theirs.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._compute: Callable[[], Tensor] | None = compute
+        self._tensor: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The logits, computed the first time."""
+        if self._compute is not None:
+            self._tensor, self._compute = self._compute(), None
+        return self._tensor  # type: ignore[return-value]
+
+    def float(self) -> DeferredLogits:
+        """The logits in float32, deferred as they are."""
+        return DeferredLogits(lambda: self.tensor().float(), torch.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of a bare instance, as copy makes one
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, cls) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _operator(name: str) -> Callable:
+    def method(self: DeferredLogits, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*args)
+
+    method.__name__ = name
+    return method
+
+
+for _name in _OPERATORS:
+    setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def lazy_output(output_class: type, compute: Callable[[], Tensor], dtype: torch.dtype, **fields: Any) -> Any:
+    """An output of (a subclass of) `output_class` with deferred logits.
+
+    Gradient mode and autocast are those of now, not of the moment of reading.
+
+    Args:
+        output_class: of transformers, with a field `logits`.
+        compute: gives the logits; dtype: theirs.
+        fields: the other fields, the loss among them.
+    """
+    device = fields["loss"].device.type
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(device)
+    autocast_dtype = torch.get_autocast_dtype(device)
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(grad), torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
+            return compute()
+
+    return _lazy_class(output_class)(**fields, logits=DeferredLogits(run, dtype))
+
+
+@functools.cache
+def _lazy_class(output_class: Any) -> Any:
+    class LazyOutput(output_class):
+        def _read(self) -> None:
+            held = self.__dict__.get("logits")
+            if isinstance(held, DeferredLogits):
+                self["logits"] = held.tensor()
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "logits":
+                self._read()
+            return super().__getattribute__(name)
+
+        def __getitem__(self, key: Any) -> Any:
+            if isinstance(key, int):
+                key = tuple(self.keys())[key]
+            if isinstance(key, str):
+                if key == "logits":
+                    self._read()
+                return dict.__getitem__(self, key)
+            return self.to_tuple()[key]
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            if key == "logits":
+                self._read()
+            return super().get(key, default)
+
+        def __reduce__(self) -> Any:
+            return output_class, tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+    LazyOutput.__name__ = LazyOutput.__qualname__ = output_class.__name__
+    LazyOutput.__module__ = output_class.__module__
+    return LazyOutput
