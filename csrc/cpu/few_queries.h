@@ -61,13 +61,16 @@ inline void mask_few(const Problem& p, const LaneBlock& block, int lane, const K
 
 inline void drop_few(const Problem& p, const LaneBlock& block, int lane, const KeyRun& run, int64_t start,
                      int64_t count, float* weights) {
-    for (int64_t j = start; j < start + count; ++j) {
-        uint32_t counter[4][1] = {{static_cast<uint32_t>(block.query[lane])},
-                                  {static_cast<uint32_t>(j / 4)},
-                                  {static_cast<uint32_t>(block.row[lane] * p.heads + block.head[lane])},
-                                  {static_cast<uint32_t>(run.set)}};
-        philox(p.seed, counter);
-        weights[j - start] *= counter[j & 3][0] >= p.dropout_threshold ? p.keep_scale : 0.0f;
+    const uint32_t stream = static_cast<uint32_t>(block.row[lane] * p.heads + block.head[lane]);
+    for (int64_t j = start; j < start + count;) {  // a vector of four keys each
+        VecU words[4] = {static_cast<uint32_t>(block.query[lane]) - VecU{}, VecU{}, stream - VecU{},
+                         static_cast<uint32_t>(run.set) - VecU{}};
+        const int64_t first = j / 4, end = std::min((first + kWidth) * 4, start + count);
+        for (int i = 0; i < kWidth; ++i) words[1][i] = static_cast<uint32_t>(first + i);
+        philox(p.seed, words);
+        for (; j < end; ++j) {
+            weights[j - start] *= words[j & 3][j / 4 - first] >= p.dropout_threshold ? p.keep_scale : 0.0f;
+        }
     }
 }
 

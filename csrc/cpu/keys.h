@@ -165,23 +165,23 @@ inline void mask_scores(const Problem& p, const LaneBlock& block, const KeyRun& 
 // keep[g][key][16] = 1 / (1 - p) where the weight is kept, else 0
 inline void dropout_tile(const Problem& p, const LaneBlock& block, const KeyRun& run, const KeyTile& tile,
                          float* keep, int64_t step) {
-    for (int g = 0; g < block.groups; ++g) {
-        const int64_t end = tile.start + tile.needed[g];
+    const Vec scale = broadcast(p.keep_scale);
+    for (int lane = 0; lane < block.groups * kGroup; lane += kWidth) {
+        VecU query, stream;
+        for (int i = 0; i < kWidth; ++i) {
+            const int from = std::min(lane + i, block.lanes - 1);  // idle lanes draw what nobody reads
+            query[i] = static_cast<uint32_t>(block.query[from]);
+            stream[i] = static_cast<uint32_t>(block.row[from] * p.heads + block.head[from]);
+        }
+        float* column = keep + lane / kGroup * step + lane % kGroup;
+        const int64_t end = tile.start + tile.needed[lane / kGroup];
         for (int64_t quad = tile.start / 4; quad * 4 < end; ++quad) {
-            uint32_t counter[4][kGroup];
-            for (int i = 0; i < kGroup; ++i) {
-                const int lane = std::min(g * kGroup + i, block.lanes - 1);
-                counter[0][i] = static_cast<uint32_t>(block.query[lane]);
-                counter[1][i] = static_cast<uint32_t>(quad);
-                counter[2][i] = static_cast<uint32_t>(block.row[lane] * p.heads + block.head[lane]);
-                counter[3][i] = static_cast<uint32_t>(run.set);
-            }
-            philox(p.seed, counter);
+            VecU words[4] = {query, static_cast<uint32_t>(quad) - VecU{}, stream,
+                             static_cast<uint32_t>(run.set) - VecU{}};
+            philox(p.seed, words);
             for (int64_t j = std::max(quad * 4, tile.start); j < std::min(quad * 4 + 4, end); ++j) {
-                float* target = keep + g * step + (j - tile.start) * kGroup;
-                const uint32_t* words = counter[j & 3];
-                for (int i = 0; i < kGroup; ++i)
-                    target[i] = words[i] >= p.dropout_threshold ? p.keep_scale : 0.0f;
+                const VecI kept = (VecI)(words[j & 3] >= p.dropout_threshold);
+                store(column + (j - tile.start) * kGroup, select(kept, scale, Vec{}));
             }
         }
     }
