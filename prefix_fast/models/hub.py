@@ -45,8 +45,10 @@ class PrefixContext:
         self.backend = backend
         self.in_window = in_window
         self.length = 0 if states is None else states[0].shape[-2]
-        self.keys: tuple[Tensor, ...] = () if states is None else states[0].unbind(0)
-        self.values: tuple[Tensor, ...] = () if states is None else states[1].unbind(0)
+        # A reparametrised prefix is a view of its MLP's output, whose tokens lie 2 · L · Hkv · D floats apart:
+        # every key would miss the TLB.
+        self.keys: tuple[Tensor, ...] = () if states is None else states[0].contiguous().unbind(0)
+        self.values: tuple[Tensor, ...] = () if states is None else states[1].contiguous().unbind(0)
         grad = torch.is_grad_enabled()
         self.needs_grad = grad and states is not None and (states[0].requires_grad or states[1].requires_grad)
 
