@@ -16,11 +16,11 @@ def test_greedy_generation(benchmark: Any, record: Any, quick: bool) -> None:
             case=f"{size}, {size.new} new tokens",
             ours=Contender(ours, Generation(ours, size)),
             rivals=[
-                Contender("no prefix", Generation("no prefix", size), same_task=False),
+                Contender("no prefix at all", Generation("no prefix", size), same_task=False),
                 Contender("PEFT", Generation("PEFT", size), rounds=2),
             ],
             rounds=1 if quick else 4,
             tolerance=0.0,
-            headlines=["PEFT", "no prefix"],
+            headlines=["PEFT", "no prefix at all"],
         )
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prefix_fast.geometry import model_geometry
-from prefix_fast.models import admission, families, hosts, hub
+from prefix_fast.models import admission, hosts, hub
 from prefix_fast.models.loss import loss_plan
 from prefix_fast.prefix import Prefix, PrefixConfig
 
@@ -70,16 +70,9 @@ def patch(
     else:
         positions, plan = was.positions, was.plan
         _restore_grad(model, was)
-    state = hosts.HostState(
-        backend=backend,
-        fused_loss=fused_loss,
-        compute_dtype=compute_dtype,
-        attention=model.config._attn_implementation,
-        positions=positions,
-        limit=families.position_limit(model),
-        parameters=hosts.forward_parameters(model),
-        requires_grad=_freeze(model) if freeze else None,
-        plan=plan,
+    frozen = _freeze(model) if freeze else None
+    state = hosts.HostState.of(
+        model, backend, fused_loss, compute_dtype, positions=positions, plan=plan, requires_grad=frozen
     )
     if module is not None:
         module.to(model.get_input_embeddings().weight.device).train(model.training)

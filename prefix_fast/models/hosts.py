@@ -52,6 +52,21 @@ class HostState:
     plan: LossPlan | None = None
     states: States | None = field(default=None, repr=False)
 
+    @classmethod
+    def of(
+        cls, model: Any, backend: str, fused_loss: bool, compute_dtype: torch.dtype | None, **known: Any
+    ) -> HostState:
+        """The state of a model whose config points at our attention already; `known`: the remaining attributes."""
+        return cls(
+            backend=backend,
+            fused_loss=fused_loss,
+            compute_dtype=compute_dtype,
+            attention=model.config._attn_implementation,
+            limit=families.position_limit(model),
+            parameters=forward_parameters(model),
+            **known,
+        )
+
 
 class HostMixin:
     """What a patched transformers model does otherwise than its class."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.geometry import Geometry, check_same_geometry, model_geometry
-from prefix_fast.models import admission, families, hosts, hub
+from prefix_fast.models import admission, hosts, hub
 from prefix_fast.models.loss import loss_plan
 
 STATE = "_prefix_fast_peft"
@@ -122,16 +122,8 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
     geometry = model_geometry(base.config)
     check_same_geometry(_geometry_of(config), geometry, "patch")
     positions = admission.admit(base, geometry)
-    state = hosts.HostState(
-        backend=backend,
-        fused_loss=fused_loss,
-        compute_dtype=compute_dtype,
-        attention=base.config._attn_implementation,
-        positions=positions,
-        limit=families.position_limit(base),
-        parameters=hosts.forward_parameters(base),
-        plan=loss_plan(base_class),
-    )
+    plan = loss_plan(base_class)
+    state = hosts.HostState.of(base, backend, fused_loss, compute_dtype, positions=positions, plan=plan)
     hosts.step_in(base, hosts.BorrowingHost, state)
     hosts.step_in(model, PeftHost, PeftState(backend), STATE)
     return model
