@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from prefix_fast import dispatch
 from prefix_fast.geometry import model_geometry
 from prefix_fast.models import admission, hosts, hub
 from prefix_fast.models.loss import loss_plan
 from prefix_fast.prefix import Prefix, PrefixConfig
-
-_BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 def patch(
@@ -165,8 +164,11 @@ def _prefix_module(prefix: Any, model: Any) -> Prefix | None:
 
 
 def _check_options(backend: str, compute_dtype: torch.dtype | None) -> None:
-    if backend not in _BACKENDS:
-        raise ValueError(f"patch: expected backend to be one of {', '.join(_BACKENDS)}, got {backend!r}")
+    if backend not in dispatch.NAMES:
+        raise ValueError(f"patch: expected backend to be one of {', '.join(dispatch.NAMES)}, got {backend!r}")
+    reasons = [info.reason for info in dispatch.backends() if info.name == backend and not info.available]
+    if reasons:
+        raise NotImplementedError(f"patch: expected a backend that can run here, got {backend!r}: {reasons[0]}")
     if compute_dtype not in (None, torch.bfloat16, torch.float16):
         raise TypeError(
             f"patch: expected compute_dtype to be torch.bfloat16 or torch.float16, got {compute_dtype}; leave it out to"
