@@ -15,9 +15,10 @@ from torch import Tensor
 from prefix_fast import ops
 from prefix_fast.backends.problem import Facts, Problem
 
-ORDER = ("cpu", "reference")
-_LATER = {name: f"this release has no {name} backend" for name in ("triton", "cuda")}
-NAMES = ("auto", *ORDER, *_LATER)
+ORDER = ("cpu", "reference")  # what "auto" tries
+BY_NAME_ONLY = ("triton",)  # has run in Triton's interpreter and on no card, so "auto" does not choose it
+_LATER = {"cuda": "this release has no cuda backend"}
+NAMES = ("auto", *ORDER, *BY_NAME_ONLY, *_LATER)
 
 
 class BackendInfo(NamedTuple):
@@ -30,11 +31,12 @@ class BackendInfo(NamedTuple):
 
 
 def backends() -> list[BackendInfo]:
-    """Every backend in the order in which "auto" tries them, with the reason where one cannot run on this machine."""
+    """Every backend, those that "auto" tries first, with the reason where one cannot run on this machine."""
     infos = []
-    for name in ORDER:
-        reason = ops.load_backend(name).availability()
-        infos.append(BackendInfo(name, reason is None, reason or "", "cpu" if name == "cpu" else "any"))
+    for name in (*ORDER, *BY_NAME_ONLY):
+        backend = ops.load_backend(name)
+        reason = backend.availability()
+        infos.append(BackendInfo(name, reason is None, reason or "", backend.device()))
     return infos + [BackendInfo(name, False, reason, "cuda") for name, reason in _LATER.items()]
 
 

@@ -17,7 +17,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from prefix_fast.backends.problem import Grads, Problem, SegmentSet, check_values
 
-BACKEND_MODULES = {"cpu": "prefix_fast.backends.native", "reference": "prefix_fast.backends.reference"}
+BACKEND_MODULES = {
+    "cpu": "prefix_fast.backends.native",
+    "triton": "prefix_fast.backends.triton",
+    "reference": "prefix_fast.backends.reference",
+}
 
 _PROBLEM_SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor[] segment_keys, Tensor[] segment_values, "

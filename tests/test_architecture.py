@@ -8,8 +8,11 @@ import pytest
 # From the bottom up; a module may import what stands on a lower line. A package stands for all its modules,
 # which may import one another if they are COHESIVE, except in a cycle.
 LAYERS = (
+    ("prefix_fast.kernels.primitives",),
+    ("prefix_fast.kernels.row_major",),
     ("prefix_fast.kernels",),
-    ("prefix_fast.backends.problem",),
+    ("prefix_fast.backends.problem", "prefix_fast.backends.triton_config"),
+    ("prefix_fast.backends.triton_call",),
     ("prefix_fast.backends.reference", "prefix_fast.backends.native", "prefix_fast.backends.triton"),
     ("prefix_fast.backends",),
     ("prefix_fast.ops", "prefix_fast.checks"),

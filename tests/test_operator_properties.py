@@ -1,5 +1,6 @@
 """What must hold of the operator on every backend, whatever the numbers."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import prefix_fast
 from prefix_fast import Segment, dispatch
 from prefix_fast.testing import Case, check, evaluate, float_tensors, make_problem, output_grads, with_float_tensors
 
-BACKENDS = ("reference", "cpu")
+# test_triton_interpreter.py runs this file with Triton's interpreter.
+BACKENDS = ("reference", "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu")
 HALVES = (torch.bfloat16, torch.float16)
 
 SHAPES = [
@@ -210,9 +212,9 @@ def test_a_row_is_bitwise_the_same_in_any_order_and_company(tokens):
     shuffled = replace(problem, **rows, sets=(replace(s, ids=s.ids[order]),))
     other = replace(problem, sets=(replace(s, ids=torch.cat([s.ids[:1], s.ids[1:].roll(1)])),))
     grads = output_grads(problem)
-    base = evaluate(problem, "cpu", grads)
-    again = evaluate(shuffled, "cpu", tuple(g[order] for g in grads))
-    company = evaluate(other, "cpu", grads)
+    base = evaluate(problem, BACKENDS[1], grads)
+    again = evaluate(shuffled, BACKENDS[1], tuple(g[order] for g in grads))
+    company = evaluate(other, BACKENDS[1], grads)
     for name in ("out", "lse", "grad.query", "grad.key", "grad.value"):
         assert torch.equal(base[name][order], again[name]), name
         assert torch.equal(base[name][0], company[name][0]), name
@@ -250,18 +252,20 @@ def test_strides_do_not_matter(backend):
     grads = output_grads(problem)
     a, b = evaluate(strided, backend, grads), evaluate(plain, backend, grads)
     for name in a:
-        assert torch.equal(a[name], b[name]) if backend == "cpu" else torch.allclose(a[name], b[name], atol=1e-6), name
+        assert (
+            torch.equal(a[name], b[name]) if backend != "reference" else torch.allclose(a[name], b[name], atol=1e-6)
+        ), name
 
 
 @pytest.mark.parametrize("wanted", [("query",), ("segment0.key",), ("segment0.value",), ("key", "value")], ids=str)
 def test_only_the_wanted_gradients_are_computed(wanted, monkeypatch):
     problem = make_problem(Case())
-    backend = dispatch.ops.load_backend("cpu")
+    backend = dispatch.ops.load_backend(BACKENDS[1])
     seen = []
     original = backend.backward
     monkeypatch.setattr(backend, "backward", lambda *args: (seen.append(args[-1]), original(*args)))
-    every = evaluate(problem, "cpu", output_grads(problem))
-    some = evaluate(problem, "cpu", output_grads(problem), wanted)
+    every = evaluate(problem, BACKENDS[1], output_grads(problem))
+    some = evaluate(problem, BACKENDS[1], output_grads(problem), wanted)
     grads = seen[-1]
     allocated = {
         "query": grads.query, "key": grads.key, "value": grads.value,

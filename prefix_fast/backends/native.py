@@ -38,6 +38,11 @@ def availability() -> str | None:
     return None
 
 
+def device() -> str:
+    """Device type of the tensors it takes."""
+    return "cpu"
+
+
 def unsupported_reasons(facts: Facts) -> list[str]:
     """Why a call with these facts cannot run here. Empty: it can."""
     reasons = [f"the cpu backend does not serve {_NOT_SERVED[use]}" for use in facts.uses if use in _NOT_SERVED]

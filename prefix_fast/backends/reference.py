@@ -26,6 +26,11 @@ def availability() -> str | None:
     return None
 
 
+def device() -> str:
+    """Device type of the tensors it takes: all."""
+    return "any"
+
+
 def unsupported_reasons(facts: Facts) -> list[str]:
     """Nothing is refused."""
     return []

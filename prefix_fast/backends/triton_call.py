@@ -1,0 +1,144 @@
+"""A `Problem` as the Triton kernels take it: spans, strides, sizes and compile-time flags. No value is read back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_fast.backends.problem import Problem
+from prefix_fast.backends.triton_config import Device, Tile
+
+SCRATCH_TILE = 128  # the kernels' PADDING
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+_FARTHEST = 2**30  # as in the kernels: offsets and windows beyond change nothing
+
+
+class Call(NamedTuple):
+    """Arguments that several kernels take, under the kernels' own names."""
+
+    problem: Problem
+    device: Device
+    rows: int
+    heads: int
+    kv_heads: int
+    max_queries: int  # of a dense row; the total of packed ones
+    max_keys: int
+    block_d: int
+    chain: dict[str, Any]  # the segment sets and the own tokens
+    positions: dict[str, Any]  # where the queries stand, and what they see
+    numbers: dict[str, Any]  # of the scores, the softmax and dropout
+    flags: dict[str, Any]  # compile-time constants
+
+    def launch(self, tile: Tile) -> dict[str, Any]:
+        """Block sizes and launch options of a configuration. FP fusion is set, as its default changes with releases."""
+        mixed = any(s.key.dtype != self.problem.query.dtype for s in self.problem.sets)  # twice the shared memory
+        stages = 1 if mixed else tile.stages
+        return {
+            "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps, "num_stages": stages,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
+
+    def query_tiles(self, block: int) -> int:
+        """Number of query tiles of all rows."""
+        return unit_tiles(self.rows, self.max_queries, self.problem.cu_seqlens_q is not None, block)
+
+
+def unit_tiles(units: int, size: int, packed: bool, block: int) -> int:
+    """Tiles of `units` spans of `size` tokens; of packed ones that have `size` tokens together, an upper bound."""
+    return size // block + units if packed else units * -(-size // block)
+
+
+def strides_of(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
+    """(unit, head, token) strides of [units, heads, tokens, D] or packed [total, heads, D]; also without D."""
+    return (0, tensor.stride(1), tensor.stride(0)) if packed else (tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def readers_of(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The rows in order of the segment they read, and [count + 1] offsets of each segment's rows; made on the device.
+
+    Ids outside [0, count) come before the first or after the last offset: their rows read nothing.
+    """
+    order = torch.argsort(ids, stable=True)
+    starts = torch.searchsorted(ids[order].to(torch.int64), torch.arange(count + 1, device=ids.device))
+    return order, starts
+
+
+def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:
+    """Describe a problem to the kernels."""
+    packed = problem.cu_seqlens_q is not None
+    heads, head_dim = problem.query.shape[1], problem.query.shape[-1]
+    max_queries = problem.query.shape[0] if packed else problem.query.shape[2]
+    max_keys = problem.key.shape[0] if packed else problem.key.shape[2]
+    kv_heads = problem.key.shape[1]
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    upcast = interpreting and problem.query.dtype == torch.bfloat16
+    full = problem.query.dtype == torch.float32
+    flags = {
+        "SETS": len(problem.sets), "IN_WINDOW": tuple(s.in_window for s in problem.sets), "GROUP": heads // kv_heads,
+        "CAUSAL": problem.is_causal, "WINDOW": problem.window is not None, "SOFTCAP": problem.softcap is not None,
+        "NATURAL": problem.attn_bias is not None or any(s.bias is not None for s in problem.sets),
+        "DROPOUT": problem.dropout_p > 0, "D": head_dim, "BLOCK_D": block_d,
+        "PRECISION": PRECISIONS[torch.get_float32_matmul_precision()] if full else "ieee", "UPCAST": upcast,
+    }  # fmt: skip
+    return Call(
+        problem, device, problem.num_rows, heads, kv_heads, max_queries, max_keys, block_d,
+        _chain(problem, max_queries, max_keys), _positions(problem, max_queries, max_keys), _numbers(problem), flags,
+    )  # fmt: skip
+
+
+def _chain(problem: Problem, max_queries: int, max_keys: int) -> dict[str, Any]:
+    rows, heads = problem.num_rows, problem.query.shape[1]
+    packed = problem.cu_seqlens_q is not None
+    sets, strides, sizes = [], [], []
+    for s in problem.sets:
+        size = s.key.shape[0] if s.cu_seqlens is not None else s.key.shape[2]
+        bias, bias_strides = _bias(s.bias, (rows, heads, max_queries, size))
+        sets.append((s.key, s.value, s.ids, s.lengths, s.cu_seqlens, bias))
+        of_key, of_value = (strides_of(t, s.cu_seqlens is not None) for t in (s.key, s.value))
+        strides.append((*of_key, *of_value, *bias_strides))
+        sizes.append((s.count, size))
+    bias, bias_strides = _bias(problem.attn_bias, (rows, heads, max_queries, max_keys))
+    sets.append((problem.key, problem.value, None, None, problem.cu_seqlens_k, bias))
+    strides.append((*strides_of(problem.key, packed), *strides_of(problem.value, packed), *bias_strides))
+    sizes.append((rows, max_keys))
+    return {"sets": tuple(sets), "set_strides": tuple(strides), "set_sizes": tuple(sizes)}
+
+
+def _bias(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, tuple[int, ...]]:
+    if bias is None:
+        return None, (0, 0, 0, 0)
+    expanded = bias.expand(shape)
+    return expanded, expanded.stride()
+
+
+def _positions(problem: Problem, max_queries: int, max_keys: int) -> dict[str, Any]:
+    mask, offset = problem.key_mask, problem.query_offset
+    fixed: int | None = 0
+    if offset is None:
+        fixed = None if problem.cu_seqlens_q is not None else max_keys - max_queries
+    elif not isinstance(offset, Tensor):
+        fixed = max(-_FARTHEST, min(offset, _FARTHEST))
+    return {
+        "key_mask": None if mask is None else mask.view(torch.uint8),
+        "mask_strides": (0, 0) if mask is None else mask.stride(),
+        "query_offset": offset if isinstance(offset, Tensor) else None,
+        "offset_stride": offset.stride(0) if isinstance(offset, Tensor) and offset.dim() == 1 else 0,
+        "fixed_offset": fixed,
+        "cu_seqlens_q": problem.cu_seqlens_q,
+        "window": 0 if problem.window is None else min(problem.window, _FARTHEST),
+        "num_rows": problem.num_rows,
+        "max_queries": max_queries,
+    }
+
+
+def _numbers(problem: Problem) -> dict[str, Any]:
+    threshold = int(problem.dropout_p * 2**32)
+    return {
+        "seed": problem.dropout_seed,
+        "scale": float(problem.scale),
+        "softcap": 1.0 if problem.softcap is None else float(problem.softcap),
+        "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,  # its bits as a signed integer
+        "kept_share": 1.0 - problem.dropout_p,
+    }
