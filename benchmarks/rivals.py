@@ -8,26 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def visible_keys(query: Tensor, key: Tensor, prefix_key: Tensor) -> Tensor:
-    """The bool mask [Tq, P + Tk] that SDPA needs: its own causal flag does not know of a prefix."""
-    own = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
-    return torch.cat([own.new_ones(query.shape[2], prefix_key.shape[2]), own], 1)
-
-
-def concatenation(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, mask: Tensor
-) -> Tensor:
-    """What PEFT does with a prefix: a copy for every row, then SDPA."""
-    rows = query.shape[0]
-    keys = torch.cat([prefix_key.expand(rows, -1, -1, -1), key], 2)
-    values = torch.cat([prefix_value.expand(rows, -1, -1, -1), value], 2)
-    return scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
 
 def stack_rows(x: Tensor) -> Tensor:

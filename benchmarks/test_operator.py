@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from compare import Contender, compare
-from rivals import concatenation, merge, visible_keys
+from rivals import merge
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_fast import prefix_attention
+from prefix_fast.speed import concatenation_attention, visible_keys
 
 HEADS, HEAD_DIM = 12, 64
 SHAPES = [(8, 128, 10), (8, 128, 200), (8, 128, 1024), (8, 512, 200)]
@@ -52,7 +53,7 @@ def test_training_shapes(benchmark: Any, record: Any, quick: bool, shape: tuple[
             case=f"{'forward + backward' if backward else 'forward'}, B{rows} T{tokens} P{prefix}",
             ours=contender("prefix_attention", prefix_attention, tensors, grad_out),
             rivals=[
-                contender(CONCATENATION, lambda *args: concatenation(*args, mask), tensors, grad_out),
+                contender(CONCATENATION, lambda *args: concatenation_attention(*args, mask), tensors, grad_out),
                 contender(MERGE, merge, tensors, grad_out),
             ],
             rounds=2 if quick else 12,
@@ -76,7 +77,7 @@ def test_decode(benchmark: Any, record: Any, quick: bool) -> None:
             case=f"B{rows} T{own} P{prefix}",
             ours=contender("prefix_attention", prefix_attention, tensors, None),
             rivals=[
-                contender(CONCATENATION, lambda *args: concatenation(*args, mask), tensors, None),
+                contender(CONCATENATION, lambda *args: concatenation_attention(*args, mask), tensors, None),
                 contender(cached, lambda *_: scaled_dot_product_attention(tensors[0], keys, values), tensors, None),
                 contender(MERGE, merge, tensors, None),
             ],

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefix_fast.geometry import join_flat
 from prefix_fast.patching import patch
 from prefix_fast.training.collate import collate_generation
 from prefix_fast.training.data import data_folder
@@ -108,10 +109,8 @@ def peft_model(base: Any, prefix: Any) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads attributes that transformers has renamed
         model: nn.Module = peft.get_peft_model(base, config)
     keys, values = prefix()["decoder"]
-    P = keys.shape[3]
-    # PEFT's layout: a row for each virtual token, in it layer by layer the key and the value of every head.
-    weight = torch.stack([keys[:, 0], values[:, 0]], dim=1).permute(3, 0, 1, 2, 4).reshape(P, -1)
-    model.load_state_dict({"prompt_encoder.default.embedding.weight": weight.detach()}, strict=False)
+    weight = join_flat(keys[:, 0].detach(), values[:, 0].detach())
+    model.load_state_dict({"prompt_encoder.default.embedding.weight": weight}, strict=False)
     return model
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_fast.geometry import Geometry, check_same_geometry, model_geometry
+from prefix_fast.geometry import Geometry, check_same_geometry, model_geometry, split_flat
 from prefix_fast.models import admission, hosts, hub
 from prefix_fast.models.loss import loss_plan
 
@@ -81,16 +81,14 @@ def prompt_states(model: Any) -> hosts.States:
     config = model.active_peft_config
     encoder = model.prompt_encoder[model.active_adapter]
     if config.inference_mode:
-        flat = encoder.embedding.weight[None]
+        flat = encoder.embedding.weight
     else:
         tokens = model.prompt_tokens[model.active_adapter][: config.num_virtual_tokens]
-        flat = encoder(tokens[None].to(encoder.embedding.weight.device))
+        flat = encoder(tokens[None].to(encoder.embedding.weight.device)).squeeze(0)
     if model.base_model_torch_dtype is not None:
         flat = flat.to(model.base_model_torch_dtype)
-    heads = config.num_attention_heads
-    paired = flat.view(config.num_virtual_tokens, config.num_layers, 2, heads, config.token_dim // heads)
-    keys, values = paired.permute(2, 1, 3, 0, 4).unsqueeze(2).contiguous().unbind(0)
-    return keys, values
+    keys, values = split_flat(flat, _geometry_of(config))
+    return keys.unsqueeze(1), values.unsqueeze(1)
 
 
 def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.dtype | None) -> Any:
