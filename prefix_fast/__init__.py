@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from prefix_fast.backends.problem import Plan, make_plan
 from prefix_fast.dispatch import BackendInfo, backends
 from prefix_fast.functional import Segment, prefix_attention, segment_attention
 from prefix_fast.prefix import Prefix, PrefixAttention, PrefixConfig
@@ -12,11 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendInfo",
+    "Plan",
     "Prefix",
     "PrefixAttention",
     "PrefixConfig",
     "Segment",
     "backends",
+    "make_plan",
     "patch",
     "prefix_attention",
     "segment_attention",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prefix_fast.backends.problem import Problem, SegmentSet
+from prefix_fast.backends.problem import Plan, Problem, SegmentSet
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -199,6 +199,13 @@ def _check_choice(caller: str, prefix: str, segment_set: SegmentSet, query: Tens
             )
     else:
         _check_integers(caller, f"{prefix}ids", segment_set.ids, query, shape=(rows,), meaning="[B]")
+    if segment_set.plan is not None:
+        if segment_set.ids is None or not isinstance(segment_set.plan, Plan):
+            given = type(segment_set.plan).__name__
+            raise TypeError(f"{caller}: expected a plan made by make_plan beside the ids that it is of, got {given}")
+        order, starts = segment_set.plan
+        _check_integers(caller, "plan.order", order, query, shape=(rows,), meaning="[B]")
+        _check_integers(caller, "plan.starts", starts, query, shape=(count + 2,), meaning="[N + 2]")
     if segment_set.lengths is not None:
         _check_integers(caller, f"{prefix}lengths", segment_set.lengths, query, shape=(count,), meaning="[N]")
     if segment_set.bias is not None:

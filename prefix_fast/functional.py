@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prefix_fast import checks, dispatch
-from prefix_fast.backends.problem import Problem, SegmentSet
+from prefix_fast.backends.problem import Plan, Problem, SegmentSet
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Segment:
         cu_seqlens: [N + 1] offsets of packed segments, from 0 to total.
         bias: additive, broadcastable to [B, H, Tq, P]; takes no gradient.
         in_window: the keys are positions right before the row's own and leave a sliding window as they do.
+        plan: `make_plan(ids, N)`, made once where several calls have the same ids. None: each call makes its own.
     """
 
     key: Tensor
@@ -34,6 +35,7 @@ class Segment:
     cu_seqlens: Tensor | None = None
     bias: Tensor | None = None
     in_window: bool = False
+    plan: Plan | None = None
 
 
 def prefix_attention(
@@ -45,6 +47,7 @@ def prefix_attention(
     *,
     prefix_ids: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
+    plan: Plan | None = None,
     key_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     is_causal: bool = True,
@@ -70,6 +73,8 @@ def prefix_attention(
         prefix_key, prefix_value: [N, Hkv, P, D] in query's dtype, or float32 beside half-precision queries; P may be 0.
         prefix_ids: [B] integers in [-1, N); -1: the row has no prefix. None: N is 1, shared by all rows.
         prefix_lengths: [N] valid length of each prefix, at most P. None: P.
+        plan: `make_plan(prefix_ids, N)`, made once where several calls have the same ids: the layers of a model. On a
+            GPU a plan of other ids gives wrong results unless PREFIX_FAST_DEBUG=1 checks it. None: the call makes one.
         key_mask: [B, Tk] bool, True: may be attended.
         attn_bias: additive, broadcastable to [B, H, Tq, Tk], own tokens only; takes no gradient.
         is_causal: own token j is visible to query i when j <= i + query_offset. The prefix always is.
@@ -98,7 +103,7 @@ def prefix_attention(
     """
     problem = checks.checked_problem(
         "prefix_attention",
-        query, key, value, (SegmentSet(prefix_key, prefix_value, prefix_ids, prefix_lengths, None, None, False),),
+        query, key, value, (SegmentSet(prefix_key, prefix_value, prefix_ids, prefix_lengths, None, None, False, plan),),
         key_mask=key_mask, attn_bias=attn_bias, is_causal=is_causal, query_offset=query_offset, window=window,
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
@@ -162,7 +167,9 @@ def _segment_sets(segments: Segment | list[Segment] | tuple[Segment, ...]) -> tu
         raise TypeError(
             f"segment_attention: expected segments to be a Segment or a list of them, got {type(segments).__name__}"
         )
-    return tuple(SegmentSet(s.key, s.value, s.ids, s.lengths, s.cu_seqlens, s.bias, s.in_window) for s in segments)
+    return tuple(
+        SegmentSet(s.key, s.value, s.ids, s.lengths, s.cu_seqlens, s.bias, s.in_window, s.plan) for s in segments
+    )
 
 
 def _run(problem: Problem, backend: str, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from prefix_fast.backends.problem import Grads, Problem, SegmentSet, check_values
+from prefix_fast.backends.problem import Grads, Plan, Problem, SegmentSet, check_values
 
 BACKEND_MODULES = {
     "cpu": "prefix_fast.backends.native",
@@ -26,9 +26,10 @@ BACKEND_MODULES = {
 _PROBLEM_SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor[] segment_keys, Tensor[] segment_values, "
     "Tensor?[] segment_ids, Tensor?[] segment_lengths, Tensor?[] segment_cu_seqlens, Tensor?[] segment_biases, "
-    "bool[] in_window, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "Tensor? key_mask, Tensor? attn_bias, bool is_causal, Tensor? query_offset_tensor, SymInt? query_offset, "
-    "SymInt? window, float? softcap, Tensor? sinks, float dropout_p, Tensor? dropout_seed, float scale, str backend"
+    "bool[] in_window, Tensor?[] plan_orders, Tensor?[] plan_starts, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? key_mask, Tensor? attn_bias, bool is_causal, Tensor? "
+    "query_offset_tensor, SymInt? query_offset, SymInt? window, float? softcap, Tensor? sinks, float dropout_p, "
+    "Tensor? dropout_seed, float scale, str backend"
 )
 
 _LIBRARY = torch.library.Library("prefix_fast", "DEF")
@@ -55,11 +56,12 @@ def load_backend(name: str) -> ModuleType:
 
 def _to_arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
     sets, offset = problem.sets, problem.query_offset
+    orders, starts = ([None if s.plan is None else s.plan[i] for s in sets] for i in range(2))
     offset_tensor, offset_int = (offset, None) if isinstance(offset, Tensor) else (None, offset)
     return (
         problem.query, problem.key, problem.value,
         [s.key for s in sets], [s.value for s in sets], [s.ids for s in sets], [s.lengths for s in sets],
-        [s.cu_seqlens for s in sets], [s.bias for s in sets], [s.in_window for s in sets],
+        [s.cu_seqlens for s in sets], [s.bias for s in sets], [s.in_window for s in sets], orders, starts,
         problem.cu_seqlens_q, problem.cu_seqlens_k, problem.max_seqlen_q, problem.max_seqlen_k,
         problem.key_mask, problem.attn_bias, problem.is_causal, offset_tensor, offset_int,
         problem.window, problem.softcap, problem.sinks, problem.dropout_p, problem.dropout_seed, problem.scale,
@@ -70,14 +72,15 @@ def _to_arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
 def _to_problem(  # type: ignore[no-untyped-def]  # the fields of Problem, which has the types
     query, key, value,
     segment_keys, segment_values, segment_ids, segment_lengths, segment_cu_seqlens, segment_biases, in_window,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    plan_orders, plan_starts, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     key_mask, attn_bias, is_causal, offset_tensor, offset_int,
     window, softcap, sinks, dropout_p, dropout_seed, scale,
 ) -> Problem:  # fmt: skip
     """The inverse of `_to_arguments`, without the backend's name."""
+    plans = [None if o is None else Plan(o, s) for o, s in zip(plan_orders, plan_starts, strict=True)]
     columns = (segment_keys, segment_values, segment_ids, segment_lengths, segment_cu_seqlens, segment_biases)
     return Problem(
-        query, key, value, tuple(SegmentSet(*row) for row in zip(*columns, in_window, strict=True)),
+        query, key, value, tuple(SegmentSet(*row) for row in zip(*columns, in_window, plans, strict=True)),
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         key_mask, attn_bias, is_causal, offset_int if offset_tensor is None else offset_tensor,
         window, softcap, sinks, dropout_p, dropout_seed, scale,

@@ -14,6 +14,30 @@ import torch
 from torch import Tensor
 
 
+class Plan(NamedTuple):
+    """Who reads what: the rows of a batch by the segment that each reads. Made by `make_plan`, on the ids' device.
+
+    It depends on ids alone, so one plan serves every layer of a model's forward pass and its backward pass.
+    """
+
+    order: Tensor  # [B] rows in order of their segment, those that read none last; of one segment, in their own order
+    starts: Tensor  # [N + 2] first entry in `order` of each segment's rows, of the rows that read none, and B
+
+
+def make_plan(ids: Tensor, num_segments: int) -> Plan:
+    """The plan of a segment set: its rows sorted by segment, without a wait for the device (CUDA graphs capture it).
+
+    Args:
+        ids: [B] integers; a row whose id is outside [0, N) reads no segment.
+        num_segments: N.
+    """
+    readable = (ids >= 0) & (ids < num_segments)
+    units = torch.where(readable, ids.to(torch.int32), num_segments)
+    ordered, order = torch.sort(units, stable=True)
+    bounds = torch.arange(num_segments + 2, dtype=torch.int32, device=ids.device)
+    return Plan(order.to(torch.int32), torch.searchsorted(ordered, bounds, out_int32=True))
+
+
 @dataclass(frozen=True)
 class SegmentSet:
     """N segments of keys and values, of which every row reads one (or none) before its own tokens."""
@@ -25,6 +49,7 @@ class SegmentSet:
     cu_seqlens: Tensor | None  # [N + 1] offsets into `total`
     bias: Tensor | None  # additive, broadcastable to [B, H, Tq, P]
     in_window: bool  # the keys are positions before the row's own and can leave the window
+    plan: Plan | None = None  # of ids; None: a backend that needs one makes it
 
     @property
     def count(self) -> int:
@@ -107,6 +132,13 @@ def _check_set_values(index: int, segment_set: SegmentSet) -> None:
             raise ValueError(
                 f"segment_attention: expected ids of segment set {index} in [-1, {count}), got values from {low} to "
                 f"{high}; -1 means that a row reads no segment"
+            )
+    if segment_set.ids is not None and segment_set.plan is not None:
+        true = make_plan(segment_set.ids, count)
+        if not all(torch.equal(given.to(made), made) for given, made in zip(segment_set.plan, true, strict=True)):
+            raise ValueError(
+                f"segment_attention: expected the plan of segment set {index} to be make_plan(ids, {count}), "
+                f"got one of other ids; make it again when ids change"
             )
     if segment_set.cu_seqlens is not None:
         check_offsets(f"cu_seqlens of segment set {index}", segment_set.cu_seqlens, segment_set.key.shape[0])

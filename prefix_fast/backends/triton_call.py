@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefix_fast.backends.problem import Problem
+from prefix_fast.backends.problem import Problem, make_plan
 from prefix_fast.backends.triton_config import Device, Tile
 
 SCRATCH_TILE = 128  # the kernels' PADDING
@@ -40,6 +40,16 @@ class Call(NamedTuple):
             "enable_fp_fusion": True,
         }  # fmt: skip
 
+    def readers(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """The rows in order of the segment of set `index` that they read, and where each segment's begin (`Plan`).
+
+        (None, None): every row reads segment 0.
+        """
+        chosen = self.problem.sets[index] if index < len(self.problem.sets) else None
+        if chosen is None or chosen.ids is None:
+            return None, None
+        return chosen.plan or make_plan(chosen.ids, chosen.count)
+
     def query_tiles(self, block: int) -> int:
         """Number of query tiles of all rows."""
         return unit_tiles(self.rows, self.max_queries, self.problem.cu_seqlens_q is not None, block)
@@ -53,16 +63,6 @@ def unit_tiles(units: int, size: int, packed: bool, block: int) -> int:
 def strides_of(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
     """(unit, head, token) strides of [units, heads, tokens, D] or packed [total, heads, D]; also without D."""
     return (0, tensor.stride(1), tensor.stride(0)) if packed else (tensor.stride(0), tensor.stride(1), tensor.stride(2))
-
-
-def readers_of(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The rows in order of the segment they read, and [count + 1] offsets of each segment's rows; made on the device.
-
-    Ids outside [0, count) come before the first or after the last offset: their rows read nothing.
-    """
-    order = torch.argsort(ids, stable=True)
-    starts = torch.searchsorted(ids[order].to(torch.int64), torch.arange(count + 1, device=ids.device))
-    return order, starts
 
 
 def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:

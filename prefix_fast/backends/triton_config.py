@@ -1,9 +1,8 @@
-"""Which tiles and how many splits the Triton kernels use: a model on static shapes, and a table per architecture."""
+"""Which tiles the Triton kernels use: a table per architecture."""
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,13 @@ class Tiles(NamedTuple):
     forward: Tile
     dq: Tile
     dkv: Tile
+    split: Tile = Tile(16, 64, 4, 2)  # of the split forward: queries of all readers of a segment
+    short: Tile = Tile(64, 64, 4, 1)  # of the fused backward of short segments
+
+
+def every_kernel(tile: Tile) -> Tiles:
+    """The same configuration for all kernels."""
+    return Tiles(*(tile for _ in Tiles._fields))
 
 
 class Device(NamedTuple):
@@ -63,23 +69,20 @@ TABLE = {
         128: Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
     },
 }
-_INTERPRETER = Tiles(Tile(32, 32, 1, 1), Tile(32, 32, 1, 1), Tile(32, 32, 1, 1))
+_INTERPRETER = every_kernel(Tile(32, 32, 1, 1))
 _FULL_PRECISION = Tile(32, 32, 4, 1)
 _MULTIPROCESSORS_OF_INTERPRETER = 8
-_OCCUPANCY = 2  # programs that share a multiprocessor
-_FILL = 0.85  # of the device, below which work is split further
-_TILES_PER_SPLIT = 4
 
 
 def tiles_for(device: Device, block_d: int, dtype: torch.dtype) -> Tiles:
     """The configurations for a padded head dim; small safe ones where the table has no entry."""
     if device.architecture == "interpreter":
         return _INTERPRETER
-    small = Tiles(*[_FULL_PRECISION] * 3)
+    small = every_kernel(_FULL_PRECISION)
     if dtype == torch.float32:
         return small
     if block_d > 128:
-        return Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1))
+        return every_kernel(Tile(32, 32, 4, 1))._replace(forward=Tile(64, 32, 8, 1), split=Tile(16, 32, 4, 1))
     return TABLE.get(device.architecture, _ADA)[max(block_d, 64)]
 
 
@@ -97,22 +100,3 @@ def device_of(index: int | None) -> Device:
             minor = 6
         architecture = f"sm_{major * 10 + (minor if major == 8 else 0)}"
     return Device(architecture, properties.multi_processor_count)
-
-
-class Splits(NamedTuple):
-    """Into how many programs the readers of a segment, and the queries of each, are divided."""
-
-    readers: int
-    queries: int
-
-
-def splits_for(device: Device, programs: int, pairs: int, query_tiles: int) -> Splits:
-    """The least number of splits that fills the device, with enough query tiles for each to be worth its partial sums.
-
-    `programs` there are without splitting; each walks about `pairs` (rows × heads of a group) of `query_tiles`.
-    """
-    least = 1 if device.architecture == "interpreter" else _TILES_PER_SPLIT
-    wanted = math.ceil(_FILL * device.multiprocessors * _OCCUPANCY / max(programs, 1))
-    wanted = max(1, min(wanted, pairs * query_tiles // least))
-    readers = min(wanted, max(pairs, 1))
-    return Splits(readers, max(1, min(wanted // readers, query_tiles)))

@@ -1,0 +1,106 @@
+"""Launches the backward kernels: only those of gradients that are wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_fast.backends.problem import Grads
+from prefix_fast.backends.triton_call import SCRATCH_TILE, Call, strides_of, unit_tiles
+from prefix_fast.backends.triton_config import Tile, Tiles
+from prefix_fast.backends.triton_cost import reader_splits
+
+
+def backward(
+    call: Call, tiles: Tiles, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: Grads
+) -> None:
+    """Write every element of every gradient that is wanted, and compute no other."""
+    scratch = _prepare(call, out, lse, grad_out, grad_lse)
+    if grads.query is not None:
+        _queries(call, tiles.dq, grad_out, scratch, grads.query)
+    for index, (grad_key, grad_value) in enumerate([*grads.sets, (grads.key, grads.value)]):
+        if any(t is not None and t.numel() > 0 for t in (grad_key, grad_value)):
+            _set(call, tiles.dkv, index, grad_out, scratch, grad_key, grad_value)
+
+
+def _prepare(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Any]:
+    """δ and lse of every query, padded to whole tiles."""
+    from prefix_fast.kernels.prefix_attention_bwd_dq import prepare_kernel
+
+    packed = call.problem.cu_seqlens_q is not None
+    tiles = call.query_tiles(SCRATCH_TILE)
+    capacity = out.shape[0] + call.rows * SCRATCH_TILE if packed else tiles * SCRATCH_TILE
+    scratch = out.new_empty((2, call.heads, capacity), dtype=torch.float32)
+    prepare_kernel[(tiles, call.heads)](
+        out, lse, grad_out, grad_lse, call.problem.cu_seqlens_q, scratch[0], scratch[1],
+        strides_of(out, packed), strides_of(lse, packed), strides_of(grad_out, packed),
+        (0, 0, 0) if grad_lse is None else strides_of(grad_lse, packed), call.rows, call.max_queries, capacity,
+        NATURAL=call.flags["NATURAL"], D=call.flags["D"], BLOCK_D=call.block_d, PADDING=SCRATCH_TILE,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return {"levels": scratch[0], "deltas": scratch[1], "capacity": capacity}
+
+
+def _queries(call: Call, tile: Tile, grad_out: Tensor, scratch: dict[str, Any], grad_query: Tensor) -> None:
+    from prefix_fast.kernels.prefix_attention_bwd_dq import dq_kernel
+
+    packed = call.problem.cu_seqlens_q is not None
+    dq_kernel[(call.query_tiles(tile.queries), call.heads)](
+        query=call.problem.query, grad_out=grad_out, grad_query=grad_query,
+        query_strides=strides_of(call.problem.query, packed), grad_strides=strides_of(grad_out, packed),
+        target_strides=strides_of(grad_query, packed), **scratch,
+        **call.chain, **call.positions, **call.numbers, **call.flags, **call.launch(tile),
+    )  # fmt: skip
+
+
+def _set(
+    call: Call, tile: Tile, index: int, grad_out: Tensor, scratch: dict[str, Any], grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> None:  # fmt: skip
+    """Gradients of one set's keys and values; of the own tokens, the last of the chain."""
+    from prefix_fast.kernels.prefix_attention_bwd_dkv import dkv_kernel
+
+    packed_rows = call.problem.cu_seqlens_q is not None
+    own = index == len(call.problem.sets)
+    cu_seqlens = call.chain["sets"][index][4]
+    count, size = call.chain["set_sizes"][index]
+    packed = cu_seqlens is not None
+    tiles = unit_tiles(count, size, packed, tile.keys)
+    query_tiles = -(-call.max_queries // (tile.queries * (call.rows if packed_rows else 1)))
+    pairs = call.heads // call.kv_heads * (1 if own else max(call.rows // max(count, 1), 1))
+    splits = reader_splits(call.device, tiles * call.kv_heads, pairs, 1 if packed_rows else query_tiles)
+    parts = splits.readers * splits.queries
+    targets = [_partials(grad, parts) for grad in (grad_key, grad_value)]
+    order, starts = call.readers(index)
+    strides = [(0, 0, 0) if t is None else strides_of(t, packed) for t in (grad_key, grad_value)]
+    dkv_kernel[(tiles * parts, call.kv_heads)](
+        query=call.problem.query, grad_out=grad_out, grad_key=targets[0], grad_value=targets[1], order=order,
+        starts=starts, query_strides=strides_of(call.problem.query, packed_rows),
+        grad_strides=strides_of(grad_out, packed_rows), key_strides=strides[0], value_strides=strides[1],
+        split_strides=tuple(0 if t is None or parts == 1 else t.shape[1] for t in targets),
+        tiles=tiles, splits=splits.readers, query_splits=splits.queries, SET=index, WANT_K=grad_key is not None,
+        WANT_V=grad_value is not None, **scratch, **call.chain, **call.positions, **call.numbers, **call.flags,
+        **call.launch(tile),
+    )  # fmt: skip
+    if parts > 1:
+        for grad, partials in zip((grad_key, grad_value), targets, strict=True):
+            if grad is not None and partials is not None:
+                _reduce(partials, grad)
+
+
+def _partials(grad: Tensor | None, parts: int) -> Tensor | None:
+    """Where a split kernel writes: the gradient itself, or float32 copies of its memory."""
+    if grad is None or parts == 1:
+        return grad
+    return grad.new_empty((parts, grad.numel()), dtype=torch.float32)
+
+
+def _reduce(partials: Tensor, grad: Tensor) -> None:
+    """Add the partial sums; they and the gradient, which is dense in memory, have the same order of elements."""
+    from prefix_fast.kernels.prefix_attention_bwd_dkv import reduce_kernel
+
+    parts, count = partials.shape
+    block = 1024
+    reduce_kernel[(-(-count // block),)](partials, grad, count, parts, BLOCK=block, num_warps=4)
