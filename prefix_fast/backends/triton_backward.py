@@ -103,4 +103,4 @@ def _reduce(partials: Tensor, grad: Tensor) -> None:
 
     parts, count = partials.shape
     block = 1024
-    reduce_kernel[(-(-count // block),)](partials, grad, count, parts, BLOCK=block, num_warps=4)
+    reduce_kernel[(-(-count // block),)](partials, grad, count, parts, BLOCK=block, num_warps=4, enable_fp_fusion=True)

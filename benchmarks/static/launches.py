@@ -1,0 +1,139 @@
+"""What a GPU launch would compile: the launches of a call are recorded, with Triton's own specialisation, not executed.
+
+The calls run on meta tensors through the backend's own launch code, so signature, constants, divisibility hints and
+options are those of a real launch on an architecture that this machine need not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from prefix_fast.backends import triton as launcher
+from prefix_fast.backends.problem import Grads, Problem, SegmentSet
+from prefix_fast.backends.triton_config import Device, Tile, Tiles
+
+MULTIPROCESSORS = {
+    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304,
+}  # fmt: skip
+TARGETS = tuple(MULTIPROCESSORS)
+
+
+def gpu_target(architecture: str) -> GPUTarget:
+    """Triton's name of an architecture."""
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, specialised for its target as `JITFunction.run` would."""
+
+    kernel: str
+    function: Any
+    grid: tuple[int, ...]
+    target: GPUTarget
+    key: str  # equal keys share one compiled kernel
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: Any
+
+    def constant(self, name: str) -> Any:
+        """A compile-time argument; None where the kernel has none of that name."""
+        names = self.function.arg_names
+        return self.constants.get((names.index(name),)) if name in names else None
+
+    def compile(self) -> CompiledKernel:
+        """Machine code for the target; from Triton's cache where it has been compiled before."""
+        source = ASTSource(self.function, self.signature, self.constants, self.attributes)
+        return compile(source, target=self.target, options=self.options.__dict__)
+
+
+def specialised(function: JITFunction, grid: Any, target: GPUTarget, *args: Any, **kwargs: Any) -> Launch:
+    """The launch of one kernel."""
+    backend = make_backend(target)
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    kwargs.setdefault("debug", False)
+    bound, specialization, options = binder(*args, **kwargs)
+    key = str(specialization) + str(options)
+    packed = function._pack_args(backend, kwargs, bound, specialization, options)
+    options, signature, constants, attributes = packed
+    return Launch(function.__name__, function, tuple(grid), target, key, signature, constants, attributes, options)
+
+
+@contextmanager
+def recording(architecture: str, tile: Tile | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches within, as on the architecture; nothing is compiled or run. `tile` replaces the table's."""
+    launches: list[Launch] = []
+    target = gpu_target(architecture)
+
+    def record(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(specialised(function, grid, target, *args, **kwargs))
+
+    device = Device(architecture, MULTIPROCESSORS[architecture])
+    tiles = launcher.tiles_for if tile is None else lambda *_: Tiles(*[tile] * len(Tiles._fields))
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launcher, "device_of", return_value=device),
+        mock.patch.object(launcher, "tiles_for", tiles),
+    ):
+        yield launches
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A call as a model makes it: rows of T tokens that share a prefix of P."""
+
+    H: int
+    Hkv: int
+    D: int
+    B: int = 8
+    T: int = 512
+    P: int = 512
+    N: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    prefix_dtype: torch.dtype | None = None
+    Tk: int | None = None
+
+
+def problem_of(shape: Shape, **options: Any) -> Problem:
+    """The call on meta tensors, laid out as models make them: rows [B, T, H, D] transposed, prefix contiguous."""
+    Tk = shape.T if shape.Tk is None else shape.Tk
+
+    def rows(tokens: int, heads: int) -> Tensor:
+        return torch.empty(shape.B, tokens, heads, shape.D, dtype=shape.dtype, device="meta").transpose(1, 2)
+
+    def prefix() -> Tensor:
+        dtype = shape.prefix_dtype or shape.dtype
+        return torch.empty(shape.N, shape.Hkv, shape.P, shape.D, dtype=dtype, device="meta")
+
+    ids = None if shape.N == 1 else torch.empty(shape.B, dtype=torch.int64, device="meta")
+    plain = Problem(
+        rows(shape.T, shape.H), rows(Tk, shape.Hkv), rows(Tk, shape.Hkv),
+        (SegmentSet(prefix(), prefix(), ids, None, None, None, False),),
+        None, None, None, None, None, None, True, None, None, None, None, 0.0, None, shape.D**-0.5,
+    )  # fmt: skip
+    return replace(plain, **options)
+
+
+def launches_of(problem: Problem, architecture: str, tile: Tile | None = None) -> list[Launch]:
+    """Forward and backward of a call, every gradient wanted."""
+    out = torch.empty_like(problem.query)
+    lse = torch.empty(problem.query.shape[:-1], dtype=torch.float32, device="meta")
+    sets = tuple((torch.empty_like(s.key), torch.empty_like(s.value)) for s in problem.sets)
+    own = (torch.empty_like(t) for t in (problem.query, problem.key, problem.value))
+    with recording(architecture, tile) as launches:
+        launcher.forward(problem, out, lse)
+        launcher.backward(problem, out, lse, torch.empty_like(out), None, Grads(*own, sets))
+    return launches
