@@ -15,10 +15,9 @@ from torch import Tensor
 from prefix_fast import ops
 from prefix_fast.backends.problem import Facts, Problem
 
-ORDER = ("cpu", "reference")  # what "auto" tries
-BY_NAME_ONLY = ("triton",)  # has run in Triton's interpreter and on no card, so "auto" does not choose it
+ORDER = ("triton", "cpu", "reference")  # what "auto" tries
 _LATER = {"cuda": "this release has no cuda backend"}
-NAMES = ("auto", *ORDER, *BY_NAME_ONLY, *_LATER)
+NAMES = ("auto", *ORDER, *_LATER)
 
 
 class BackendInfo(NamedTuple):
@@ -31,9 +30,9 @@ class BackendInfo(NamedTuple):
 
 
 def backends() -> list[BackendInfo]:
-    """Every backend, those that "auto" tries first, with the reason where one cannot run on this machine."""
+    """Every backend in the order that "auto" tries them, with the reason where one cannot run on this machine."""
     infos = []
-    for name in (*ORDER, *BY_NAME_ONLY):
+    for name in ORDER:
         backend = ops.load_backend(name)
         reason = backend.availability()
         infos.append(BackendInfo(name, reason is None, reason or "", backend.device()))
@@ -69,11 +68,15 @@ def facts_of(problem: Problem) -> Facts:
     }
     uses = tuple(name for name, used in present.items() if used)
     head_dim = len(range(query.shape[-1]))  # a plain int: tracing with dynamic shapes makes it a constant, unlike int()
-    return Facts(query.device.type, query.dtype, head_dim, uses)
+    return Facts(query.device.type, query.dtype, head_dim, uses, query.device.index or 0)
 
 
-def choose(backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: tuple[str, ...]) -> str:
+def choose(
+    backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: tuple[str, ...], device_index: int = 0
+) -> str:
     """The name of the backend that runs a call with these facts.
+
+    "auto" never runs Triton on CPU tensors: its interpreter there is for tests, which ask for it by name.
 
     Raises:
         ValueError: no backend has that name.
@@ -84,8 +87,10 @@ def choose(backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: t
         backend, source = os.environ["PREFIX_FAST_BACKEND"], "the environment variable PREFIX_FAST_BACKEND"
     if backend not in NAMES:
         raise ValueError(f"prefix_fast: expected {source} to be one of {', '.join(NAMES)}, got {backend!r}")
-    facts = Facts(device, dtype, head_dim, uses)
-    candidates = ORDER if backend == "auto" else (backend,)
+    facts = Facts(device, dtype, head_dim, uses, device_index)
+    candidates: tuple[str, ...] = (backend,)
+    if backend == "auto":
+        candidates = tuple(name for name in ORDER if name != "triton" or device != "cpu")
     reasons = {}
     for name in candidates:
         reasons[name] = unsupported_reasons(name, facts)

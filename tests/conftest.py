@@ -39,6 +39,14 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests find out about this machine stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFIX_FAST_CACHE", str(tmp_path_factory.mktemp("prefix_fast_cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

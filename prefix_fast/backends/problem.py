@@ -103,6 +103,7 @@ class Facts(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     uses: tuple[str, ...]  # of: softcap, window, sinks, segment_bias, dropout, packed, mixed_prefix
+    device_index: int = 0  # among those of its type
 
 
 def check_values(problem: Problem) -> None:

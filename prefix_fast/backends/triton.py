@@ -13,10 +13,11 @@ import os
 import torch
 from torch import Tensor
 
-from prefix_fast.backends import triton_backward, triton_forward
+from prefix_fast.backends import triton_backward, triton_forward, triton_vetting
 from prefix_fast.backends.problem import Facts, Grads, Problem
 from prefix_fast.backends.triton_call import Call, make_call
-from prefix_fast.backends.triton_config import Tiles, device_of, tiles_for
+from prefix_fast.backends.triton_config import Tiles, device_of, safe_tiles
+from prefix_fast.backends.triton_vetting import Trial
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,21 +53,28 @@ def unsupported_reasons(facts: Facts) -> list[str]:
     if facts.device != wanted:
         why = "with TRITON_INTERPRET=1" if interpreting() else "(on the CPU only with TRITON_INTERPRET=1)"
         reasons.append(f"the triton backend takes {wanted} tensors {why}, not {facts.device}")
-    return reasons
+    index = None if interpreting() else facts.device_index
+    if index is not None and facts.device == wanted:
+        reasons += triton_vetting.device_refusals(index)
+    if reasons:
+        return reasons
+    kind = triton_vetting.kind_of(facts.head_dim, facts.dtype, "mixed_prefix" in facts.uses)
+    return triton_vetting.refusals(index, kind)
 
 
-def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
+def forward(problem: Problem, out: Tensor, lse: Tensor, trial: Trial | None = None) -> None:
     """Write every element of out and of lse; see `prefix_fast.kernels.prefix_attention_fwd` for the formula."""
     if out.numel() == 0:
         return
     with torch.cuda.device_of(problem.query):  # a launch goes to the current device
-        call, tiles = _prepare(problem)
+        call, tiles = _prepare(problem, trial)
         triton_forward.forward(call, tiles, out, lse)
 
 
 def backward(
-    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: Grads
-) -> None:
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: Grads,
+    trial: Trial | None = None,
+) -> None:  # fmt: skip
     """Write every element of every gradient that is wanted, and compute no other."""
     wanted = [
         t for t in (grads.query, grads.key, grads.value, *(t for pair in grads.sets for t in pair)) if t is not None
@@ -78,14 +86,17 @@ def backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     with torch.cuda.device_of(problem.query):
-        call, tiles = _prepare(problem)
+        call, tiles = _prepare(problem, trial)
         triton_backward.backward(call, tiles, out, lse, grad_out, grad_lse, grads)
 
 
-def _prepare(problem: Problem) -> tuple[Call, Tiles]:
-    device = device_of(problem.query.device.index if problem.query.device.type == "cuda" else None)
-    call = make_call(problem, device, interpreting())
-    return call, tiles_for(device, call.block_d, problem.query.dtype)
+def _prepare(problem: Problem, trial: Trial | None) -> tuple[Call, Tiles]:
+    """The call and its tiles; on trial, one kernel has the tile that is tried, and the others their safe ones."""
+    index = problem.query.device.index if problem.query.device.type == "cuda" else None
+    call = make_call(problem, device_of(index), interpreting())
+    if trial is None:
+        return call, triton_vetting.tiles_of_call(index, call.kind)
+    return call._replace(trial=trial.kernel), safe_tiles(call.block_d)._replace(**{trial.kernel: trial.tile})
 
 
 def interpreting() -> bool:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from prefix_fast.backends.problem import Problem, make_plan
-from prefix_fast.backends.triton_config import Device, Tile
+from prefix_fast.backends.triton_config import PRECISIONS, Device, Tile
+from prefix_fast.backends.triton_vetting import Kind
 
 SCRATCH_TILE = 128  # the kernels' PADDING
-PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 _FARTHEST = 2**30  # as in the kernels: offsets and windows beyond change nothing
 
 
@@ -30,11 +30,17 @@ class Call(NamedTuple):
     positions: dict[str, Any]  # where the queries stand, and what they see
     numbers: dict[str, Any]  # of the scores, the softmax and dropout
     flags: dict[str, Any]  # compile-time constants
+    trial: str | None = None  # the kernel that a self-check runs, whatever the cost model would choose
+
+    @property
+    def kind(self) -> Kind:
+        """What its configurations are vetted for."""
+        dtype = self.problem.query.dtype
+        return Kind(self.block_d, dtype, self.flags["PRECISION"], any(s.key.dtype != dtype for s in self.problem.sets))
 
     def launch(self, tile: Tile) -> dict[str, Any]:
         """Block sizes and launch options of a configuration. FP fusion is set, as its default changes with releases."""
-        mixed = any(s.key.dtype != self.problem.query.dtype for s in self.problem.sets)  # twice the shared memory
-        stages = 1 if mixed else tile.stages
+        stages = 1 if self.kind.mixed else tile.stages  # float32 segments take twice the shared memory
         return {
             "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps, "num_stages": stages,
             "enable_fp_fusion": True,

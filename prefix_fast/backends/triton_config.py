@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}  # of float32 products, by PyTorch's own setting
+
 
 class Tile(NamedTuple):
     """One configuration of a kernel."""
@@ -84,6 +86,11 @@ def tiles_for(device: Device, block_d: int, dtype: torch.dtype) -> Tiles:
     if block_d > 128:
         return every_kernel(Tile(32, 32, 4, 1))._replace(forward=Tile(64, 32, 8, 1), split=Tile(16, 32, 4, 1))
     return TABLE.get(device.architecture, _ADA)[max(block_d, 64)]
+
+
+def safe_tiles(block_d: int) -> Tiles:
+    """Small configurations outside every known miscompile: no block of 64, so no warp-group products; one stage."""
+    return every_kernel(Tile(32, 32, 4, 1))._replace(split=Tile(16, 32, 4, 1))
 
 
 @functools.cache
