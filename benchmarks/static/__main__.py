@@ -1,16 +1,19 @@
 """Compile kernels ahead of time and print what their machine code is like.
 
-python -I benchmarks/static --target sm_90 --head-dim 128 --kernel forward [--tile QUERIES KEYS WARPS STAGES]
+python -I benchmarks/static --table [--target gfx942]                                   bring the table up to date
+python -I benchmarks/static --target sm_90 --head-dim 128 --kernel dq [--tile QUERIES KEYS WARPS STAGES]
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
-from figures import figures
+from figures import faults_of, row_of, works_of
 from launches import TARGETS
-from registry import ENTRIES, HEADS, call_of
+from registry import CALLS, ENTRIES, HEADS, call_of
+from table import MARKDOWN, line_of, regenerate
 
 from prefix_fast.backends.triton_config import Tile
 
@@ -19,7 +22,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks/static", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", action="store_true", help="of all configurations")
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--head-dim", type=int, choices=HEADS, action="append")
     parser.add_argument("--kernel", choices=[entry.name for entry in ENTRIES])
@@ -27,18 +33,24 @@ def main() -> None:
     parser.add_argument("--precision", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--tile", type=int, nargs=4, metavar=Tile._fields, help="instead of the table's")
     chosen = parser.parse_args()
-    for architecture in chosen.target or TARGETS:
+    targets = tuple(chosen.target or TARGETS)
+    if chosen.table:
+        _table(targets)
+        return
+    tile = chosen.tile and Tile(*chosen.tile)
+    for architecture in targets:
         for D in chosen.head_dim or (64, 128):
-            call = call_of(D, DTYPES[chosen.dtype], chosen.precision)
-            for row in figures(call, architecture, chosen.kernel, chosen.tile and Tile(*chosen.tile)):
-                code = row.code
-                loops = ", ".join(f"{name} {cost:.2f}" for name, cost in row.loops.items())
-                print(
-                    f"{row.architecture:7} {row.call:10} {row.kernel:10} {row.tile:14} {code.registers:3} regs, "
-                    f"stack {code.stack}, spills {code.spills} ({code.spills_in_loops} in loops), shared {row.shared}, "
-                    f"{row.occupancy} together; {loops}{'  FAULTS: ' + '; '.join(row.faults) if row.faults else ''}",
-                    flush=True,
-                )
+            for work in works_of(call_of(D, DTYPES[chosen.dtype], chosen.precision), architecture, chosen.kernel, tile):
+                print(f"{architecture:7}", line_of(row_of(work)), flush=True)
+
+
+def _table(targets: tuple[str, ...]) -> None:
+    begin, count, compiled, faulty = time.perf_counter(), 0, 0, 0
+    for fresh, row in regenerate(targets):
+        count, compiled, faulty = count + 1, compiled + fresh, faulty + bool(faults_of(row))
+        if fresh:
+            print(f"{time.perf_counter() - begin:5.0f} s  {row.architecture:7}", line_of(row), flush=True)
+    print(f"{count} kernels of {len(CALLS)} calls, {compiled} compiled now, {faulty} with faults: {MARKDOWN}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ options are those of a real launch on an architecture that this machine need not
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import plain_flash
 import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -21,10 +23,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from prefix_fast.backends import triton as launcher
 from prefix_fast.backends.problem import Grads, Problem, SegmentSet
 from prefix_fast.backends.triton_config import Device, Tile, Tiles
+from prefix_fast.backends.triton_cost import CARDS
 
-MULTIPROCESSORS = {
-    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304,
-}  # fmt: skip
+MULTIPROCESSORS = {card.architecture: card.multiprocessors for card in CARDS.values()}
 TARGETS = tuple(MULTIPROCESSORS)
 
 
@@ -43,7 +44,7 @@ class Launch:
     function: Any
     grid: tuple[int, ...]
     target: GPUTarget
-    key: str  # equal keys share one compiled kernel
+    specialisation: str  # launches of one kernel that are equal in it share the compiled code
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
@@ -54,10 +55,26 @@ class Launch:
         names = self.function.arg_names
         return self.constants.get((names.index(name),)) if name in names else None
 
+    @property
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        return ASTSource(self.function, self.signature, self.constants, self.attributes)
+
+    @property
+    def tile(self) -> Tile:
+        """The configuration; 0 for a block that the kernel does not have."""
+        blocks = (self.constant(name) or 0 for name in ("BLOCK_Q", "BLOCK_K"))
+        return Tile(*blocks, self.options.num_warps, self.options.num_stages)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the machine code depends on but the release of Triton: sources, arguments and options."""
+        options = (self.target, self.options.num_warps, self.options.num_stages, self.options.enable_fp_fusion)
+        return hashlib.sha256(f"{self.source.hash()} {options}".encode()).hexdigest()
+
     def compile(self) -> CompiledKernel:
         """Machine code for the target; from Triton's cache where it has been compiled before."""
-        source = ASTSource(self.function, self.signature, self.constants, self.attributes)
-        return compile(source, target=self.target, options=self.options.__dict__)
+        return compile(self.source, target=self.target, options=self.options.__dict__)
 
 
 def specialised(function: JITFunction, grid: Any, target: GPUTarget, *args: Any, **kwargs: Any) -> Launch:
@@ -66,10 +83,12 @@ def specialised(function: JITFunction, grid: Any, target: GPUTarget, *args: Any,
     binder = create_function_from_signature(function.signature, function.params, backend)
     kwargs.setdefault("debug", False)
     bound, specialization, options = binder(*args, **kwargs)
-    key = str(specialization) + str(options)
+    specialisation = str(specialization) + str(options)
     packed = function._pack_args(backend, kwargs, bound, specialization, options)
     options, signature, constants, attributes = packed
-    return Launch(function.__name__, function, tuple(grid), target, key, signature, constants, attributes, options)
+    return Launch(
+        function.__name__, function, tuple(grid), target, specialisation, signature, constants, attributes, options
+    )
 
 
 @contextmanager
@@ -137,3 +156,11 @@ def launches_of(problem: Problem, architecture: str, tile: Tile | None = None) -
         launcher.forward(problem, out, lse)
         launcher.backward(problem, out, lse, torch.empty_like(out), None, Grads(*own, sets))
     return launches
+
+
+def plain_launch(kernel: str, call: Problem, architecture: str, tile: Tile, precision: str) -> Launch:
+    """The plain kernel of that name on queries like those of a call."""
+    tensors = [torch.empty_like(call.query) for _ in range(4)]
+    with recording(architecture) as launches:
+        plain_flash.attention(*tensors, tile, precision)
+    return next(launch for launch in launches if launch.kernel == kernel)

@@ -35,12 +35,11 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that holds matrix instructions and no other loop that does."""
+    """A loop that holds matrix instructions, and no other loop that does."""
 
     instructions: int
     matrix: int
-    work: float  # multiply-accumulates of the matrix instructions that name their shape, else their number
-    spills: int
+    work: float  # multiply-accumulates of the matrix instructions; their number where they do not name their shape
 
     @property
     def cost(self) -> float:
@@ -56,7 +55,7 @@ class Code:
     stack: int  # bytes of local memory (scratch on AMD) per thread
     spills: int  # local loads and stores
     spills_in_loops: int
-    matrix: int
+    matrix: int  # instructions for tensor or matrix cores
     instructions: int
     loops: tuple[Loop, ...]  # in the order of the code
 
@@ -134,6 +133,11 @@ def parse_amd(listing: str) -> list[Instruction]:
 def is_matrix(instruction: Instruction) -> bool:
     """Whether it runs on tensor or matrix cores."""
     return bool(_SASS_MATRIX.match(instruction.name)) or instruction.name.startswith(("v_mfma", "v_smfmac"))
+
+
+def is_multiply_add(instruction: Instruction) -> bool:
+    """Whether it is a float32 multiply-add."""
+    return instruction.name.startswith(("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32"))
 
 
 def is_spill(instruction: Instruction) -> bool:
@@ -217,13 +221,12 @@ def _dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[in
 
 
 def matrix_loops(program: Sequence[Instruction], bodies: list[frozenset[int]]) -> list[Loop]:
-    """The innermost loops among those that hold matrix instructions."""
-    holding = [body for body in bodies if any(is_matrix(program[i]) for i in body)]
+    """The innermost loops among those that hold matrix instructions; fused multiply-adds in a program without any."""
+    counted = is_matrix if any(map(is_matrix, program)) else is_multiply_add
+    holding = [body for body in bodies if any(counted(program[i]) for i in body)]
     loops = []
     for body in holding:
-        if any(other < body for other in holding):
-            continue
-        matrix = [program[i] for i in body if is_matrix(program[i])]
-        spills = sum(is_spill(program[i]) for i in body)
-        loops.append(Loop(len(body), len(matrix), sum(map(work_of, matrix)), spills))
+        if not any(other < body for other in holding):
+            matrix = [program[i] for i in body if counted(program[i])]
+            loops.append(Loop(len(body), len(matrix), sum(map(work_of, matrix))))
     return loops

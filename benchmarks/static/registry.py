@@ -8,20 +8,17 @@ from dataclasses import dataclass
 import torch
 from launches import Launch, Shape
 
-MATRIX_LOOPS = tuple[str, ...]
-
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel of the table.
+    """One kernel of the table: which launches it is, and its loops of matrix instructions in the order of the code.
 
-    `loops`: the names of its loops of matrix instructions in the order of the code, for a dense causal call with one
-    prefix; `rivals`: the loop of the plain kernel of the same name that each unmasked one is compared with.
+    `plain` is the kernel of `plain_flash` that its loops are compared with, each with the one of the same kind.
     """
 
     name: str
     function: str
-    loops: MATRIX_LOOPS = ()
+    loops: tuple[str, ...] = ()
     plain: str | None = None
     chosen: Callable[[Launch], bool] = lambda launch: True
 
@@ -32,13 +29,19 @@ def _of_prefix(launch: Launch) -> bool:
 
 ROW_MAJOR = ("prefix", "prefix tail", "own", "own diagonal")
 ENTRIES = (
-    Entry("forward", "forward_kernel", ROW_MAJOR, "forward"),
-    Entry("dq", "dq_kernel", ROW_MAJOR, "dq"),
-    Entry("dkv prefix", "dkv_kernel", ("prefix",), "dkv", _of_prefix),
-    Entry("dkv own", "dkv_kernel", ("own diagonal", "own"), "dkv", lambda launch: not _of_prefix(launch)),
+    Entry("forward", "forward_kernel", ROW_MAJOR, "forward_kernel"),
+    Entry("dq", "dq_kernel", ROW_MAJOR, "dq_kernel"),
+    Entry("dkv prefix", "dkv_kernel", ("prefix",), "dkv_kernel", _of_prefix),
+    Entry("dkv own", "dkv_kernel", ("own diagonal", "own"), "dkv_kernel", lambda launch: not _of_prefix(launch)),
     Entry("prepare", "prepare_kernel"),
     Entry("reduce", "reduce_kernel"),
 )
+# Of a loop, the loop of the plain kernel that does the same; what has none is listed alone.
+PLAIN_LOOPS = {
+    "forward_kernel": ("own", "own diagonal"), "dq_kernel": ("own", "own diagonal"),
+    "dkv_kernel": ("own diagonal", "own"),
+}  # fmt: skip
+COUNTERPARTS = {"prefix": "own", "own": "own", "own diagonal": "own diagonal"}
 UNMASKED = ("prefix", "own")
 
 

@@ -1,0 +1,111 @@
+"""The table of all configurations: kept as JSON for the tests and as Markdown to read, and made again where stale."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+from figures import Row, faults_of, row_of, works_of
+from launches import TARGETS
+from registry import CALLS, Call
+
+FOLDER = Path(__file__).resolve().parent
+JSON, MARKDOWN = FOLDER / "table.json", FOLDER / "table.md"
+PROCESSES = 2
+Key = tuple[str, str, str]
+
+
+def load() -> tuple[str, dict[Key, Row]]:
+    """The release of Triton that the table was made with, and its rows."""
+    if not JSON.exists():
+        return "", {}
+    stored = json.loads(JSON.read_text())
+    rows = [
+        Row(**{**row, "tile": tuple(row["tile"]), "loops": {k: tuple(v) for k, v in row["loops"].items()}})
+        for row in stored["rows"]
+    ]
+    return stored["triton"], {(row.architecture, row.call, row.kernel): row for row in rows}
+
+
+def fingerprints(calls: tuple[Call, ...] = CALLS) -> dict[Key, str]:
+    """Of every line that the table is to have, without compiling."""
+    return {work.name: work.fingerprint for target in TARGETS for call in calls for work in works_of(call, target)}
+
+
+def _fresh(task: tuple[str, Call, dict[Key, Row]]) -> list[tuple[bool, Row]]:
+    architecture, call, kept = task
+    rows = []
+    for work in works_of(call, architecture):
+        old = kept.get(work.name)
+        current = old is not None and old.fingerprint == work.fingerprint
+        rows.append((not current, old if current else row_of(work)))
+    return rows
+
+
+def regenerate(targets: tuple[str, ...] = TARGETS) -> Iterator[tuple[bool, Row]]:
+    """Bring the table up to date; yields (compiled now, row) as it goes. Rows whose kernel is unchanged are kept."""
+    release, old = load()
+    kept = old if release == triton.__version__ else {}
+    tasks = [(target, call, kept) for call in CALLS for target in targets]
+    rows: dict[Key, Row] = {key: row for key, row in kept.items() if row.architecture not in targets}
+    with multiprocessing.get_context("fork").Pool(PROCESSES, torch.set_num_threads, (1,)) as pool:
+        for found in pool.imap(_fresh, tasks):
+            for compiled, row in found:
+                rows[row.architecture, row.call, row.kernel] = row
+                yield compiled, row
+    store([rows[key] for key in sorted(rows, key=_place)])
+
+
+def _place(key: Key) -> tuple[int, int, str]:
+    calls = [str(call) for call in CALLS]
+    return TARGETS.index(key[0]), calls.index(key[1]) if key[1] in calls else len(calls), key[2]
+
+
+def store(rows: list[Row]) -> None:
+    """Write both files."""
+    head = json.dumps({"triton": triton.__version__})[:-1]
+    lines = ",\n".join("  " + json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    JSON.write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
+    MARKDOWN.write_text("\n".join(markdown(rows)) + "\n")
+
+
+def markdown(rows: list[Row]) -> list[str]:
+    """A section for each architecture."""
+    lines = [
+        "# Machine code of the Triton kernels",
+        "",
+        f"Made by `make bench-static` with Triton {triton.__version__}; nothing here ran on a device. Tile: queries ×"
+        "keys, warps, stages. Occupancy: programs that fit on a multiprocessor together. Loops: instructions / matrix",
+        "instructions, and in parentheses the instructions per matrix instruction relative to plain flash attention",
+        "(`plain_flash.py`) compiled for the same tile. In fp32-ieee, multiply-adds stand for matrix instructions.",
+    ]
+    for target in TARGETS:
+        lines += [
+            "",
+            f"## {target}",
+            "",
+            "| call | kernel | tile | registers | stack | spills (in loops) | shared | occupancy | loops | faults |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [line_of(row) for row in rows if row.architecture == target]
+    return lines
+
+
+def line_of(row: Row) -> str:
+    """A row of the Markdown table."""
+    queries, keys, warps, stages = row.tile
+    tile = f"{queries}×{keys} {warps}w {stages}s" if queries * keys else f"{warps}w"
+    loops = [
+        f"{name} {instructions}/{matrix}" + ("" if ratio is None else f" ({ratio:.2f})")
+        for name, (instructions, matrix, ratio) in row.loops.items()
+    ]
+    cells = (
+        row.call, row.kernel, tile, row.registers, row.stack, f"{row.spills} ({row.spills_in_loops})", row.shared,
+        row.occupancy, ", ".join(loops), "; ".join(faults_of(row)),
+    )  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
