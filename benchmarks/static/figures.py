@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,8 @@ from launches import Launch, launches_of, plain_launch, problem_of
 from machine_code import Code, Loop, analyse
 from registry import COUNTERPARTS, PLAIN_LOOPS, UNMASKED, Call, Entry, entry_of
 
-from prefix_fast.backends.triton_config import Tile
+from prefix_fast.backends.triton_config import Device, Tile, Tiles, every_kernel, safe_tiles
+from prefix_fast.backends.triton_vetting import Kind
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def works_of(call: Call, architecture: str, chosen: str | None = None, tile: Til
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(call.precision)
     problem = problem_of(call.shape)
-    launches = launches_of(problem, architecture, tile)
+    launches = launches_of(problem, architecture, _choice(call, tile))
     torch.set_float32_matmul_precision(before)
     found: dict[str, Work] = {}
     for launch in launches:
@@ -100,6 +102,12 @@ def works_of(call: Call, architecture: str, chosen: str | None = None, tile: Til
                 plain = plain_launch(entry.plain, problem, architecture, launch.tile, precision)
             found[entry.name] = Work(architecture, call, entry, launch, plain)
     return list(found.values())
+
+
+def _choice(call: Call, tile: Tile | None) -> Callable[[Device, Kind], Tiles] | None:
+    if tile is not None:
+        return lambda device, kind: every_kernel(tile)
+    return (lambda device, kind: safe_tiles(kind.block_d)) if call.safe else None
 
 
 def row_of(work: Work) -> Row:

@@ -7,7 +7,7 @@ options are those of a real launch on an architecture that this machine need not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +21,11 @@ from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from prefix_fast.backends import triton as launcher
+from prefix_fast.backends import triton_vetting
 from prefix_fast.backends.problem import Grads, Problem, SegmentSet
-from prefix_fast.backends.triton_config import Device, Tile, Tiles
+from prefix_fast.backends.triton_config import Device, Tile, Tiles, tiles_for
 from prefix_fast.backends.triton_cost import CARDS
+from prefix_fast.backends.triton_vetting import Kind
 
 MULTIPROCESSORS = {card.architecture: card.multiprocessors for card in CARDS.values()}
 TARGETS = tuple(MULTIPROCESSORS)
@@ -92,20 +94,22 @@ def specialised(function: JITFunction, grid: Any, target: GPUTarget, *args: Any,
 
 
 @contextmanager
-def recording(architecture: str, tile: Tile | None = None) -> Iterator[list[Launch]]:
-    """Collect the launches within, as on the architecture; nothing is compiled or run. `tile` replaces the table's."""
+def recording(architecture: str, choose: Callable[[Device, Kind], Tiles] | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches within, as on the architecture; nothing is compiled or run. `choose` replaces the table."""
     launches: list[Launch] = []
     target = gpu_target(architecture)
+    device = Device(architecture, MULTIPROCESSORS[architecture])
 
     def record(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(specialised(function, grid, target, *args, **kwargs))
 
-    device = Device(architecture, MULTIPROCESSORS[architecture])
-    tiles = launcher.tiles_for if tile is None else lambda *_: Tiles(*[tile] * len(Tiles._fields))
+    def tiles(index: int | None, kind: Kind) -> Tiles:
+        return tiles_for(device, kind.block_d, kind.dtype) if choose is None else choose(device, kind)
+
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(launcher, "device_of", return_value=device),
-        mock.patch.object(launcher, "tiles_for", tiles),
+        mock.patch.object(triton_vetting, "tiles_of_call", tiles),
     ):
         yield launches
 
@@ -146,13 +150,15 @@ def problem_of(shape: Shape, **options: Any) -> Problem:
     return replace(plain, **options)
 
 
-def launches_of(problem: Problem, architecture: str, tile: Tile | None = None) -> list[Launch]:
+def launches_of(
+    problem: Problem, architecture: str, choose: Callable[[Device, Kind], Tiles] | None = None
+) -> list[Launch]:
     """Forward and backward of a call, every gradient wanted."""
     out = torch.empty_like(problem.query)
     lse = torch.empty(problem.query.shape[:-1], dtype=torch.float32, device="meta")
     sets = tuple((torch.empty_like(s.key), torch.empty_like(s.value)) for s in problem.sets)
     own = (torch.empty_like(t) for t in (problem.query, problem.key, problem.value))
-    with recording(architecture, tile) as launches:
+    with recording(architecture, choose) as launches:
         launcher.forward(problem, out, lse)
         launcher.backward(problem, out, lse, torch.empty_like(out), None, Grads(*own, sets))
     return launches

@@ -55,10 +55,11 @@ def entry_of(launch: Launch) -> Entry:
 
 @dataclass(frozen=True)
 class Call:
-    """A shape, and the precision of its float32 products."""
+    """A shape, the precision of its float32 products, and whether its tiles are those of before a self-check."""
 
     shape: Shape
     precision: str = "highest"
+    safe: bool = False
 
     def __str__(self) -> str:
         kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -67,21 +68,24 @@ class Call:
             name += {"highest": "-ieee", "high": "-tf32x3", "medium": "-tf32"}[self.precision]
         if self.shape.prefix_dtype not in (None, self.shape.dtype):
             name += f"+{kind[self.shape.prefix_dtype]} prefix"
-        return f"D{self.shape.D} {name}"
+        return f"D{self.shape.D} {name}{' safe' if self.safe else ''}"
 
 
 HEADS = {64: (12, 12), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 8)}
 
 
-def call_of(D: int, dtype: torch.dtype = torch.bfloat16, precision: str = "highest", **rest: object) -> Call:
+def call_of(
+    D: int, dtype: torch.dtype = torch.bfloat16, precision: str = "highest", safe: bool = False, **rest: object
+) -> Call:
     """A call with the heads of a model that has this head dim."""
-    return Call(Shape(*HEADS[D], D, dtype=dtype, **rest), precision)
+    return Call(Shape(*HEADS[D], D, dtype=dtype, **rest), precision, safe)
 
 
 CALLS = (
     *(call_of(D) for D in HEADS),
     call_of(64, torch.float16),
     call_of(128, torch.float16),
+    *(call_of(D, safe=True) for D in (64, 128, 256)),
     *(call_of(D, prefix_dtype=torch.float32) for D in (64, 128)),
     *(call_of(D, torch.float32, precision) for D in (64, 128, 256) for precision in ("highest", "high", "medium")),
 )
