@@ -4,21 +4,17 @@
 
 The sum over i runs over all rows that read the segment, the heads of the group and their queries: one product with the
 reduction dimension rows × group × Tq, accumulated in float32 registers. Own tokens are segments with one reader and a
-causal edge. Everything is computed with keys as rows (sᵀ = k·qᵀ): transposing a computed product has been miscompiled
-on Hopper (triton issue 6124; flash-linear-attention 640). Long reader lists are split over programs that write float32
-partials, which `reduce_kernel` adds in a fixed order: no atomics, the same bits every time.
+causal edge. Long reader lists are split over programs that write float32 partials, which `reduce_kernel` adds in a
+fixed order: no atomics, the same bits every time.
 """
 
 import triton
 import triton.language as tl
+from prefix_fast.kernels.key_major import readers_of, score_gradients, store_gradient, weights_of_tile
 from prefix_fast.kernels.primitives import (
-    dot,
     dot_add,
-    exponential,
-    kept_columns,
     load_columns,
     load_rows,
-    logits_of,
     offset_of,
     packed_tile,
     scratch_start,
@@ -68,49 +64,17 @@ def _gather(
         q = load_columns(query + first * query_stride, query_stride, tokens, dims, tokens, False, D, BLOCK_D)
         do = load_rows(grad_out + first * grad_stride, grad_stride, tokens, dims, tokens, False, D, BLOCK_D)
         level = tl.load(levels + start + tile)
-        logits, slope = logits_of(dot(k, q, PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
-        if bias is not None:
-            pointers = bias + queries.to(tl.int64)[None, :] * bias_strides[0] + keys[:, None] * bias_strides[1]
-            mask = (queries < count)[None, :] & present[:, None]
-            logits += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        weights = exponential(logits - level[None, :], NATURAL)
-        if EDGES and (CAUSAL or WINDOW):
-            seen = tl.full((BLOCK_K, BLOCK_Q), True, tl.int1)
-            if CAUSAL:
-                seen = seen & (keys[:, None] <= queries[None, :] + offset)
-            if WINDOW:
-                seen = seen & (keys[:, None] + begin > queries[None, :] + offset - window)
-            weights = tl.where(seen, weights, 0.0)
-        kept_weights = weights
-        if DROPOUT:
-            kept = kept_columns(dropout[0], queries, first_key, dropout[1], SET, dropout[2], BLOCK_K)
-            kept_weights = tl.where(kept, weights * dropout[3], 0.0)
+        weights, kept_weights, kept, slope = weights_of_tile(
+            k, q, level, keys, queries, present, first_key, count, bias, bias_strides, offset, begin, window, scale,
+            softcap, dropout, SET, EDGES, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, PRECISION, UPCAST,
+        )  # fmt: skip
         if WANT_V:
             dv = dot_add(kept_weights.to(do.dtype), do, dv, PRECISION, UPCAST)
         if WANT_K:
-            dp = dot(v, tl.trans(do), PRECISION, UPCAST)
-            if DROPOUT:
-                dp = tl.where(kept, dp * dropout[3], 0.0)
-            ds = weights * (dp - tl.load(deltas + start + tile)[None, :])
-            if SOFTCAP:
-                ds = ds * slope
+            delta = tl.load(deltas + start + tile)
+            ds = score_gradients(weights, kept, slope, v, do, delta, dropout, SOFTCAP, DROPOUT, PRECISION, UPCAST)
             dk = dot_add(ds.to(q.dtype), tl.trans(q), dk, PRECISION, UPCAST)
     return dk, dv
-
-
-@triton.jit
-def _readers(unit, order, starts, num_rows, OWN: tl.constexpr):
-    """First entry and number of the rows that read a segment; without a list, every row reads it."""
-    if OWN:
-        first = unit
-        count = unit * 0 + 1
-    elif order is None:
-        first = unit * 0
-        count = unit * 0 + num_rows
-    else:
-        first = tl.load(starts + unit).to(tl.int32)
-        count = tl.load(starts + unit + 1).to(tl.int32) - first
-    return first, count
 
 
 @triton.jit(do_not_specialize=[
@@ -157,7 +121,10 @@ def dkv_kernel(
     v_base = value + unit64 * strides[3] + head64 * strides[4] + token * strides[5]
     k = load_rows(k_base, strides[2], tile, dims, present, True, D, BLOCK_D).to(query.dtype.element_ty)
     v = load_rows(v_base, strides[5], tile, dims, present, True, D, BLOCK_D).to(query.dtype.element_ty)
-    first_reader, readers = _readers(unit, order, starts, num_rows, OWN)
+    if OWN:
+        first_reader, readers = unit, unit * 0 + 1
+    else:
+        first_reader, readers = readers_of(unit, order, starts, num_rows)
     pairs = tl.where(first_key < valid, readers * GROUP, 0)
     share = tl.cdiv(pairs, splits)
     chunk = tl.cdiv(tl.cdiv(max_queries, BLOCK_Q), query_splits) * BLOCK_Q
@@ -178,11 +145,11 @@ def dkv_kernel(
             BLOCK_Q, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
     if WANT_K:
-        _write(dk * scale, grad_key, part, unit64, head64, token, tile, dims, keys < size, present, split_strides[0],
-               key_strides, D)  # fmt: skip
+        store_gradient(dk * scale, grad_key, part, unit64, head64, token, tile, dims, keys < size, present,
+                       split_strides[0], key_strides, D)  # fmt: skip
     if WANT_V:
-        _write(dv, grad_value, part, unit64, head64, token, tile, dims, keys < size, present, split_strides[1],
-               value_strides, D)  # fmt: skip
+        store_gradient(dv, grad_value, part, unit64, head64, token, tile, dims, keys < size, present,
+                       split_strides[1], value_strides, D)  # fmt: skip
 
 
 @triton.jit
@@ -224,14 +191,6 @@ def _one_reader(
             PRECISION, UPCAST,
         )  # fmt: skip
     return dk, dv
-
-
-@triton.jit
-def _write(total, target, part, unit, head, token, tile, dims, exists, present, split_stride, strides, D: tl.constexpr):
-    """Store a gradient block, exact zeros where no key is valid."""
-    base = target + part.to(tl.int64) * split_stride + unit * strides[0] + head * strides[1] + token * strides[2]
-    result = tl.where(present[:, None], total, 0.0).to(target.dtype.element_ty)
-    tl.store(base + tile[:, None] * strides[2] + dims[None, :], result, mask=exists[:, None] & (dims < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["count", "parts"])

@@ -9,7 +9,7 @@ import pytest
 # which may import one another if they are COHESIVE, except in a cycle.
 LAYERS = (
     ("prefix_fast.kernels.primitives",),
-    ("prefix_fast.kernels.row_major",),
+    ("prefix_fast.kernels.row_major", "prefix_fast.kernels.key_major"),
     ("prefix_fast.kernels",),
     ("prefix_fast.backends.problem", "prefix_fast.backends.triton_config", "prefix_fast.files"),
     ("prefix_fast.backends.triton_vetting",),
