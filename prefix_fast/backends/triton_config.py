@@ -72,7 +72,6 @@ TABLE = {
     },
 }
 _INTERPRETER = every_kernel(Tile(32, 32, 1, 1))
-_FULL_PRECISION = Tile(32, 32, 4, 1)
 _MULTIPROCESSORS_OF_INTERPRETER = 8
 
 
@@ -80,17 +79,20 @@ def tiles_for(device: Device, block_d: int, dtype: torch.dtype) -> Tiles:
     """The configurations for a padded head dim; small safe ones where the table has no entry."""
     if device.architecture == "interpreter":
         return _INTERPRETER
-    small = every_kernel(_FULL_PRECISION)
     if dtype == torch.float32:
-        return small
+        return safe_tiles(block_d)
     if block_d > 128:
         return every_kernel(Tile(32, 32, 4, 1))._replace(forward=Tile(64, 32, 8, 1), split=Tile(16, 32, 4, 1))
     return TABLE.get(device.architecture, _ADA)[max(block_d, 64)]
 
 
 def safe_tiles(block_d: int) -> Tiles:
-    """Small configurations outside every known miscompile: no block of 64, so no warp-group products; one stage."""
-    return every_kernel(Tile(32, 32, 4, 1))._replace(split=Tile(16, 32, 4, 1))
+    """Small configurations outside every known miscompile: no block of 64, so no warp-group products; one stage.
+
+    Their float32 tiles fit the least shared memory of the table's architectures.
+    """
+    block = 32 if block_d <= 128 else 16
+    return every_kernel(Tile(block, block, 4, 1))._replace(split=Tile(16, block, 4, 1))
 
 
 @functools.cache
