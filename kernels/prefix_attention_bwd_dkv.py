@@ -13,6 +13,7 @@ import triton.language as tl
 from prefix_fast.kernels.key_major import readers_of, score_gradients, store_gradient, weights_of_tile
 from prefix_fast.kernels.primitives import (
     dot_add,
+    even,
     load_columns,
     load_rows,
     offset_of,
@@ -21,7 +22,7 @@ from prefix_fast.kernels.primitives import (
     span_of,
     valid_span_of,
 )
-from prefix_fast.kernels.row_major import part_of, present_keys, windowed_length
+from prefix_fast.kernels.row_major import part_of, present_keys, sizes_of, windowed_length
 
 
 @triton.jit
@@ -78,12 +79,12 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=[
-    "set_sizes", "num_rows", "max_queries", "fixed_offset", "window", "threshold", "capacity", "tiles", "splits",
-    "query_splits", "split_strides",
+    "num_rows", "max_queries", "fixed_offset", "window", "threshold", "capacity", "tiles", "splits",
+    "query_splits",
 ])  # fmt: skip
 def dkv_kernel(
     query, grad_out, levels, deltas, grad_key, grad_value, order, starts, key_mask, query_offset, cu_seqlens_q, seed,
-    sets, set_strides, set_sizes, query_strides, grad_strides, key_strides, value_strides, split_strides,
+    sets, set_strides, odd_sizes, query_strides, grad_strides, key_strides, value_strides, split_strides,
     mask_strides, offset_stride, num_rows, max_queries, fixed_offset, window, scale, softcap, threshold, kept_share,
     capacity, tiles, splits, query_splits,
     SET: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
@@ -96,25 +97,26 @@ def dkv_kernel(
     SLIDES: tl.constexpr = WINDOW and (OWN or IN_WINDOW[SET])
     key, value, _, lengths, cu_seqlens, bias = sets[SET]
     strides = set_strides[SET]
+    set_count, set_size = sizes_of(odd_sizes, SET)
     part = tl.program_id(0) // tiles
     split, query_split = part % splits, part // splits
     kv_head = tl.program_id(1)
     if cu_seqlens is None:
-        blocks = tl.cdiv(set_sizes[SET][1], BLOCK_K)
+        blocks = tl.cdiv(set_size, BLOCK_K)
         unit, block = tl.program_id(0) % tiles // blocks, tl.program_id(0) % tiles % blocks
     else:
-        unit, block = packed_tile(tl.program_id(0) % tiles, cu_seqlens, set_sizes[SET][0], BLOCK_K)
-    first_token, size = span_of(unit, cu_seqlens, set_sizes[SET][1])
+        unit, block = packed_tile(tl.program_id(0) % tiles, cu_seqlens, set_count, BLOCK_K)
+    first_token, size = span_of(unit, cu_seqlens, set_size)
     first_key = block * BLOCK_K
     if first_key >= size:
         return
-    _, valid = valid_span_of(unit, lengths, cu_seqlens, set_sizes[SET][1])
+    _, valid = valid_span_of(unit, lengths, cu_seqlens, set_size)
     tile = tl.arange(0, BLOCK_K)
     keys = first_key + tile
     dims = tl.arange(0, BLOCK_D)
     mask = None
     if OWN and key_mask is not None:
-        mask = key_mask + unit.to(tl.int64) * mask_strides[0]
+        mask = key_mask + unit.to(tl.int64) * even(mask_strides[0])
     present = present_keys(keys, valid, mask, mask_strides[1])
     unit64, head64, token = unit.to(tl.int64), kv_head.to(tl.int64), first_token + first_key
     k_base = key + unit64 * strides[0] + head64 * strides[1] + token * strides[2]
@@ -139,7 +141,7 @@ def dkv_kernel(
         dk, dv = _one_reader(
             dk, dv, k, v, row, kv_head * GROUP + pair % GROUP, query_split * chunk, query_split * chunk + chunk,
             keys, present, first_key, last_key, dims, query, grad_out, levels, deltas, bias, query_offset,
-            cu_seqlens_q, seed, sets, set_sizes, query_strides, grad_strides, strides, offset_stride, max_queries,
+            cu_seqlens_q, seed, sets, odd_sizes, query_strides, grad_strides, strides, offset_stride, max_queries,
             fixed_offset, window, scale, softcap, threshold, kept_share, capacity,
             SET, SETS, IN_WINDOW, GROUP, CAUSAL and OWN, SLIDES, SOFTCAP, NATURAL, DROPOUT, WANT_K, WANT_V, D, BLOCK_D,
             BLOCK_Q, BLOCK_K, PRECISION, UPCAST,
@@ -155,7 +157,7 @@ def dkv_kernel(
 @triton.jit
 def _one_reader(
     dk, dv, k, v, row, head, chunk_low, chunk_high, keys, present, first_key, last_key, dims, query, grad_out, levels,
-    deltas, bias, query_offset, cu_seqlens_q, seed, sets, set_sizes, query_strides, grad_strides, strides,
+    deltas, bias, query_offset, cu_seqlens_q, seed, sets, odd_sizes, query_strides, grad_strides, strides,
     offset_stride, max_queries, fixed_offset, window, scale, softcap, threshold, kept_share, capacity,
     SET: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, WANT_K: tl.constexpr,
@@ -167,7 +169,7 @@ def _one_reader(
     offset = offset_of(row, query_offset, fixed_offset, cu_seqlens_q, sets[SETS][4], offset_stride)
     begin = row * 0
     if WINDOW and SET < SETS:
-        begin = -windowed_length(row, sets, set_sizes, SET, SETS, IN_WINDOW)
+        begin = -windowed_length(row, sets, odd_sizes, SET, SETS, IN_WINDOW)
     row64, head64 = row.to(tl.int64), head.to(tl.int64)
     q_base = query + row64 * query_strides[0] + head64 * query_strides[1] + first_token * query_strides[2]
     do_base = grad_out + row64 * grad_strides[0] + head64 * grad_strides[1] + first_token * grad_strides[2]

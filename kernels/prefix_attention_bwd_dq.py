@@ -14,6 +14,7 @@ from prefix_fast.kernels.primitives import (
     LOG2E,
     dot,
     dot_add,
+    even,
     exponential,
     kept_rows,
     load_columns,
@@ -43,12 +44,13 @@ def prepare_kernel(
     row64, head64 = row.to(tl.int64), head.to(tl.int64)
     out_base = out + row64 * out_strides[0] + head64 * out_strides[1] + token * out_strides[2]
     grad_base = grad_out + row64 * grad_strides[0] + head64 * grad_strides[1] + token * grad_strides[2]
-    lse_base = lse + row64 * lse_strides[0] + head64 * lse_strides[1] + token * lse_strides[2]
+    lse_base = lse + row64 * even(lse_strides[0]) + head64 * even(lse_strides[1]) + token * lse_strides[2]
     o = load_rows(out_base, out_strides[2], tile, dims, valid, True, D, BLOCK_D).to(tl.float32)
     do = load_rows(grad_base, grad_strides[2], tile, dims, valid, True, D, BLOCK_D).to(tl.float32)
     delta = tl.sum(o * do, 1)
     if grad_lse is not None:
-        g_base = grad_lse + row64 * grad_lse_strides[0] + head64 * grad_lse_strides[1] + token * grad_lse_strides[2]
+        g_base = grad_lse + row64 * even(grad_lse_strides[0]) + head64 * even(grad_lse_strides[1])
+        g_base += token * grad_lse_strides[2]
         delta -= tl.load(g_base + tile * grad_lse_strides[2], mask=valid, other=0.0).to(tl.float32)
     level = tl.load(lse_base + tile * lse_strides[2], mask=valid, other=-INFINITY)
     empty = level == -INFINITY
@@ -92,7 +94,7 @@ def _descend(
 @triton.jit
 def _descend_set(
     dq, q, do, level, delta, row, head, kv_head, queries, positions, valid_queries, first_position, last_position,
-    dims, sets, set_strides, set_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
+    dims, sets, set_strides, odd_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
     SET: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -100,10 +102,10 @@ def _descend_set(
     """One segment of the row's chain, or its own tokens: up to three loops, of which the middle one has no mask."""
     OWN: tl.constexpr = SET == SETS
     SLIDES: tl.constexpr = WINDOW and (OWN or IN_WINDOW[SET])
-    key, value, valid, begin = open_set(row, kv_head, sets, set_strides, set_sizes, SET, SETS, IN_WINDOW, SLIDES)
+    key, value, valid, begin = open_set(row, kv_head, sets, set_strides, odd_sizes, SET, SETS, IN_WINDOW, SLIDES)
     mask = None
     if OWN and key_mask is not None:
-        mask = key_mask + row.to(tl.int64) * mask_strides[0]
+        mask = key_mask + row.to(tl.int64) * even(mask_strides[0])
     bias = sets[SET][5]
     if bias is not None:
         bias += row.to(tl.int64) * set_strides[SET][6] + head.to(tl.int64) * set_strides[SET][7]
@@ -121,12 +123,10 @@ def _descend_set(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=["set_sizes", "num_rows", "max_queries", "fixed_offset", "window", "threshold", "capacity"]
-)
+@triton.jit(do_not_specialize=["num_rows", "max_queries", "fixed_offset", "window", "threshold", "capacity"])
 def dq_kernel(
     query, grad_out, levels, deltas, grad_query, key_mask, query_offset, cu_seqlens_q, seed,
-    sets, set_strides, set_sizes, query_strides, grad_strides, target_strides, mask_strides, offset_stride,
+    sets, set_strides, odd_sizes, query_strides, grad_strides, target_strides, mask_strides, offset_stride,
     num_rows, max_queries, fixed_offset, window, scale, softcap, threshold, kept_share, capacity,
     SETS: tl.constexpr, IN_WINDOW: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -161,7 +161,7 @@ def dq_kernel(
     for index in tl.static_range(SETS + 1):
         dq = _descend_set(
             dq, q, do, level, delta, row, head, kv_head, queries, positions, valid_queries, first_query + offset,
-            last_position, dims, sets, set_strides, set_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
+            last_position, dims, sets, set_strides, odd_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
             index, SETS, IN_WINDOW, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, D, BLOCK_D, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
     target = grad_query + row64 * target_strides[0] + head64 * target_strides[1] + token * target_strides[2]

@@ -16,6 +16,7 @@ from prefix_fast.kernels.primitives import (
     add_sink,
     dot,
     dot_add,
+    even,
     kept_rows,
     load_columns,
     load_rows,
@@ -65,7 +66,7 @@ def _attend(
 @triton.jit
 def _attend_set(
     state, q, row, head, kv_head, queries, positions, valid_queries, first_position, last_position, dims, sets,
-    set_strides, set_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
+    set_strides, odd_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
     SET: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -73,10 +74,10 @@ def _attend_set(
     """One segment of the row's chain, or its own tokens: up to three loops, of which the middle one has no mask."""
     OWN: tl.constexpr = SET == SETS
     SLIDES: tl.constexpr = WINDOW and (OWN or IN_WINDOW[SET])
-    key, value, valid, begin = open_set(row, kv_head, sets, set_strides, set_sizes, SET, SETS, IN_WINDOW, SLIDES)
+    key, value, valid, begin = open_set(row, kv_head, sets, set_strides, odd_sizes, SET, SETS, IN_WINDOW, SLIDES)
     mask = None
     if OWN and key_mask is not None:
-        mask = key_mask + row.to(tl.int64) * mask_strides[0]
+        mask = key_mask + row.to(tl.int64) * even(mask_strides[0])
     bias = sets[SET][5]
     if bias is not None:
         bias += row.to(tl.int64) * set_strides[SET][6] + head.to(tl.int64) * set_strides[SET][7]
@@ -94,10 +95,10 @@ def _attend_set(
     return state
 
 
-@triton.jit(do_not_specialize=["set_sizes", "num_rows", "max_queries", "fixed_offset", "window", "threshold"])
+@triton.jit(do_not_specialize=["num_rows", "max_queries", "fixed_offset", "window", "threshold"])
 def forward_kernel(
     query, out, lse, sinks, key_mask, query_offset, cu_seqlens_q, seed,
-    sets, set_strides, set_sizes, query_strides, out_strides, lse_strides, mask_strides, offset_stride,
+    sets, set_strides, odd_sizes, query_strides, out_strides, lse_strides, mask_strides, offset_stride,
     num_rows, max_queries, fixed_offset, window, scale, softcap, threshold, kept_share,
     SETS: tl.constexpr, IN_WINDOW: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -130,7 +131,7 @@ def forward_kernel(
     for index in tl.static_range(SETS + 1):
         state = _attend_set(
             state, q, row, head, kv_head, queries, positions, valid_queries, first_position, last_position,
-            dims, sets, set_strides, set_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
+            dims, sets, set_strides, odd_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
             index, SETS, IN_WINDOW, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, D, BLOCK_D, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
     output, maximum, total = state
@@ -160,7 +161,7 @@ def _store(
     tile = tl.arange(0, BLOCK_Q)
     row, head = row.to(tl.int64), head.to(tl.int64)
     out_base = out + row * out_strides[0] + head * out_strides[1] + first_token * out_strides[2]
-    lse_base = lse + row * lse_strides[0] + head * lse_strides[1] + first_token * lse_strides[2]
+    lse_base = lse + row * even(lse_strides[0]) + head * even(lse_strides[1]) + first_token * lse_strides[2]
     mask = valid_queries[:, None] & (dims < D)[None, :]
     tl.store(out_base + tile[:, None] * out_strides[2] + dims[None, :], output.to(out.dtype.element_ty), mask=mask)
     tl.store(lse_base + tile * lse_strides[2], result, mask=valid_queries)

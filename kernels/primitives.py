@@ -32,6 +32,12 @@ def dot_add(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def even(number):
+    """The size or stride that comes as an odd number, 2n + 3: see `odd` in prefix_fast.backends.triton_call."""
+    return (number >> 1) - 1
+
+
+@triton.jit
 def span_of(unit, cu_seqlens, size):
     """First token (int64) and number of tokens of a row or segment."""
     if cu_seqlens is None:

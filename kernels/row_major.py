@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from prefix_fast.kernels.primitives import packed_tile, segment_of, span_of
+from prefix_fast.kernels.primitives import even, packed_tile, segment_of, span_of
 
 
 @triton.jit
@@ -19,13 +19,20 @@ def query_tile(cu_seqlens_q, num_rows, max_queries, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def windowed_length(row, sets, set_sizes, FROM: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr):
+def sizes_of(odd_sizes, SET: tl.constexpr):
+    """Number of segments of a set, and the tokens of a segment or of all packed ones."""
+    return even(odd_sizes[SET][0]), even(odd_sizes[SET][1])
+
+
+@triton.jit
+def windowed_length(row, sets, odd_sizes, FROM: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr):
     """Keys of the row's windowed sets from set FROM on: so far before its own tokens does that set begin."""
     length = row * 0
     for index in tl.static_range(FROM, SETS):
         if IN_WINDOW[index]:
             ids, lengths, cu_seqlens = sets[index][2], sets[index][3], sets[index][4]
-            _, _, valid = segment_of(row, ids, lengths, cu_seqlens, set_sizes[index][0], set_sizes[index][1])
+            count, size = sizes_of(odd_sizes, index)
+            _, _, valid = segment_of(row, ids, lengths, cu_seqlens, count, size)
             length += valid
     return length
 
@@ -53,20 +60,21 @@ def key_bounds(
 
 @triton.jit
 def open_set(
-    row, kv_head, sets, set_strides, set_sizes, SET: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr,
+    row, kv_head, sets, set_strides, odd_sizes, SET: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr,
     SLIDES: tl.constexpr,
 ):  # fmt: skip
     """What the row reads of one set: key and value at its first key, valid keys, position of its first key."""
     key, value, ids, lengths, cu_seqlens, _ = sets[SET]
     strides = set_strides[SET]
+    count, size = sizes_of(odd_sizes, SET)
     begin = row * 0
     if SET == SETS:
         unit = row
-        first, valid = span_of(row, cu_seqlens, set_sizes[SET][1])
+        first, valid = span_of(row, cu_seqlens, size)
     else:
-        unit, first, valid = segment_of(row, ids, lengths, cu_seqlens, set_sizes[SET][0], set_sizes[SET][1])
+        unit, first, valid = segment_of(row, ids, lengths, cu_seqlens, count, size)
         if SLIDES:
-            begin = -windowed_length(row, sets, set_sizes, SET, SETS, IN_WINDOW)
+            begin = -windowed_length(row, sets, odd_sizes, SET, SETS, IN_WINDOW)
     key_base = key + unit.to(tl.int64) * strides[0] + kv_head.to(tl.int64) * strides[1] + first * strides[2]
     value_base = value + unit.to(tl.int64) * strides[3] + kv_head.to(tl.int64) * strides[4] + first * strides[5]
     return key_base, value_base, valid, begin

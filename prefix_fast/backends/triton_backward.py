@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.backends.problem import Grads
-from prefix_fast.backends.triton_call import SCRATCH_TILE, Call, strides_of, unit_tiles
+from prefix_fast.backends.triton_call import SCRATCH_TILE, Call, odd_strides_of, strides_of, unit_tiles
 from prefix_fast.backends.triton_config import Tile, Tiles
 from prefix_fast.backends.triton_cost import reader_splits
 
@@ -35,8 +35,8 @@ def _prepare(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     scratch = out.new_empty((2, call.heads, capacity), dtype=torch.float32)
     prepare_kernel[(tiles, call.heads)](
         out, lse, grad_out, grad_lse, call.problem.cu_seqlens_q, scratch[0], scratch[1],
-        strides_of(out, packed), strides_of(lse, packed), strides_of(grad_out, packed),
-        (0, 0, 0) if grad_lse is None else strides_of(grad_lse, packed), call.rows, call.max_queries, capacity,
+        strides_of(out, packed), odd_strides_of(lse, packed), strides_of(grad_out, packed),
+        odd_strides_of(grad_lse, packed), call.rows, call.max_queries, capacity,
         NATURAL=call.flags["NATURAL"], D=call.flags["D"], BLOCK_D=call.block_d, PADDING=SCRATCH_TILE,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def _set(
     packed_rows = call.problem.cu_seqlens_q is not None
     own = index == len(call.problem.sets)
     cu_seqlens = call.chain["sets"][index][4]
-    count, size = call.chain["set_sizes"][index]
+    count, size = call.sizes[index]
     packed = cu_seqlens is not None
     tiles = unit_tiles(count, size, packed, tile.keys)
     query_tiles = -(-call.max_queries // (tile.queries * (call.rows if packed_rows else 1)))

@@ -26,6 +26,7 @@ class Call(NamedTuple):
     max_queries: int  # of a dense row; the total of packed ones
     max_keys: int
     block_d: int
+    sizes: tuple[tuple[int, int], ...]  # (segments, tokens of one, or of all packed ones) of each set, then the own
     chain: dict[str, Any]  # the segment sets and the own tokens
     positions: dict[str, Any]  # where the queries stand, and what they see
     numbers: dict[str, Any]  # of the scores, the softmax and dropout
@@ -71,6 +72,20 @@ def strides_of(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
     return (0, tensor.stride(1), tensor.stride(0)) if packed else (tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
+def odd(number: int) -> int:
+    """2n + 3, which the kernels turn back: for integers in tuples that change from call to call.
+
+    Triton compiles a kernel anew for the value 1 and for multiples of 16; in tuples, `do_not_specialize` has no effect.
+    """
+    return 2 * number + 3
+
+
+def odd_strides_of(tensor: Tensor | None, packed: bool) -> tuple[int, int, int]:
+    """`strides_of` lse or its gradient, whose unit and head strides change with the number of tokens."""
+    unit, head, token = (0, 0, 0) if tensor is None else strides_of(tensor, packed)
+    return odd(unit), odd(head), token
+
+
 def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:
     """Describe a problem to the kernels."""
     packed = problem.cu_seqlens_q is not None
@@ -90,11 +105,11 @@ def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:
     }  # fmt: skip
     return Call(
         problem, device, problem.num_rows, heads, kv_heads, max_queries, max_keys, block_d,
-        _chain(problem, max_queries, max_keys), _positions(problem, max_queries, max_keys), _numbers(problem), flags,
+        *_chain(problem, max_queries, max_keys), _positions(problem, max_queries, max_keys), _numbers(problem), flags,
     )  # fmt: skip
 
 
-def _chain(problem: Problem, max_queries: int, max_keys: int) -> dict[str, Any]:
+def _chain(problem: Problem, max_queries: int, max_keys: int) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]]:
     rows, heads = problem.num_rows, problem.query.shape[1]
     packed = problem.cu_seqlens_q is not None
     sets, strides, sizes = [], [], []
@@ -109,7 +124,8 @@ def _chain(problem: Problem, max_queries: int, max_keys: int) -> dict[str, Any]:
     sets.append((problem.key, problem.value, None, None, problem.cu_seqlens_k, bias))
     strides.append((*strides_of(problem.key, packed), *strides_of(problem.value, packed), *bias_strides))
     sizes.append((rows, max_keys))
-    return {"sets": tuple(sets), "set_strides": tuple(strides), "set_sizes": tuple(sizes)}
+    odd_sizes = tuple((odd(count), odd(size)) for count, size in sizes)
+    return tuple(sizes), {"sets": tuple(sets), "set_strides": tuple(strides), "odd_sizes": odd_sizes}
 
 
 def _bias(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, tuple[int, ...]]:
@@ -128,7 +144,7 @@ def _positions(problem: Problem, max_queries: int, max_keys: int) -> dict[str, A
         fixed = max(-_FARTHEST, min(offset, _FARTHEST))
     return {
         "key_mask": None if mask is None else mask.view(torch.uint8),
-        "mask_strides": (0, 0) if mask is None else mask.stride(),
+        "mask_strides": (0, 0) if mask is None else (odd(mask.stride(0)), mask.stride(1)),
         "query_offset": offset if isinstance(offset, Tensor) else None,
         "offset_stride": offset.stride(0) if isinstance(offset, Tensor) and offset.dim() == 1 else 0,
         "fixed_offset": fixed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prefix_fast.backends.triton_call import Call, strides_of
+from prefix_fast.backends.triton_call import Call, odd_strides_of, strides_of
 from prefix_fast.backends.triton_config import Tiles
 
 
@@ -17,6 +17,6 @@ def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
     forward_kernel[grid](
         query=call.problem.query, out=out, lse=lse, sinks=call.problem.sinks,
         query_strides=strides_of(call.problem.query, packed), out_strides=strides_of(out, packed),
-        lse_strides=strides_of(lse, packed),
+        lse_strides=odd_strides_of(lse, packed),
         **call.chain, **call.positions, **call.numbers, **call.flags, **call.launch(tiles.forward),
     )  # fmt: skip
