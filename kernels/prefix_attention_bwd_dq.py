@@ -92,7 +92,7 @@ def _descend(
 
 
 @triton.jit
-def _descend_set(
+def descend_set(
     dq, q, do, level, delta, row, head, kv_head, queries, positions, valid_queries, first_position, last_position,
     dims, sets, set_strides, odd_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
     SET: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -159,7 +159,7 @@ def dq_kernel(
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for index in tl.static_range(SETS + 1):
-        dq = _descend_set(
+        dq = descend_set(
             dq, q, do, level, delta, row, head, kv_head, queries, positions, valid_queries, first_query + offset,
             last_position, dims, sets, set_strides, odd_sizes, key_mask, mask_strides, window, scale, softcap, dropout,
             index, SETS, IN_WINDOW, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, D, BLOCK_D, BLOCK_K, PRECISION, UPCAST,

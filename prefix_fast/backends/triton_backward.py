@@ -11,6 +11,7 @@ from prefix_fast.backends.problem import Grads
 from prefix_fast.backends.triton_call import SCRATCH_TILE, Call, odd_strides_of, strides_of, unit_tiles
 from prefix_fast.backends.triton_config import Tile, Tiles
 from prefix_fast.backends.triton_cost import reader_splits
+from prefix_fast.backends.triton_partials import add_partials, partials_of
 
 
 def backward(
@@ -72,7 +73,7 @@ def _set(
     pairs = call.heads // call.kv_heads * (1 if own else max(call.rows // max(count, 1), 1))
     splits = reader_splits(call.device, tiles * call.kv_heads, pairs, 1 if packed_rows else query_tiles)
     parts = splits.readers * splits.queries
-    targets = [_partials(grad, parts) for grad in (grad_key, grad_value)]
+    targets = [partials_of(grad, parts) for grad in (grad_key, grad_value)]
     order, starts = call.readers(index)
     strides = [(0, 0, 0) if t is None else strides_of(t, packed) for t in (grad_key, grad_value)]
     dkv_kernel[(tiles * parts, call.kv_heads)](
@@ -84,23 +85,5 @@ def _set(
         WANT_V=grad_value is not None, **scratch, **call.chain, **call.positions, **call.numbers, **call.flags,
         **call.launch(tile),
     )  # fmt: skip
-    if parts > 1:
-        for grad, partials in zip((grad_key, grad_value), targets, strict=True):
-            if grad is not None and partials is not None:
-                _reduce(partials, grad)
-
-
-def _partials(grad: Tensor | None, parts: int) -> Tensor | None:
-    """Where a split kernel writes: the gradient itself, or float32 copies of its memory."""
-    if grad is None or parts == 1:
-        return grad
-    return grad.new_empty((parts, grad.numel()), dtype=torch.float32)
-
-
-def _reduce(partials: Tensor, grad: Tensor) -> None:
-    """Add the partial sums; they and the gradient, which is dense in memory, have the same order of elements."""
-    from prefix_fast.kernels.prefix_attention_bwd_dkv import reduce_kernel
-
-    parts, count = partials.shape
-    block = 1024
-    reduce_kernel[(-(-count // block),)](partials, grad, count, parts, BLOCK=block, num_warps=4, enable_fp_fusion=True)
+    for grad, partials in zip((grad_key, grad_value), targets, strict=True):
+        add_partials(partials, grad)
