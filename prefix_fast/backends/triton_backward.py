@@ -39,7 +39,7 @@ def _prepare(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         strides_of(out, packed), odd_strides_of(lse, packed), strides_of(grad_out, packed),
         odd_strides_of(grad_lse, packed), call.rows, call.max_queries, capacity,
         NATURAL=call.flags["NATURAL"], D=call.flags["D"], BLOCK_D=call.block_d, PADDING=SCRATCH_TILE,
-        num_warps=4, enable_fp_fusion=True,
+        num_warps=max(4, call.block_d // 16), enable_fp_fusion=True,
     )  # fmt: skip
     return {"levels": scratch[0], "deltas": scratch[1], "capacity": capacity}
 
