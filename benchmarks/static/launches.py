@@ -15,6 +15,7 @@ from unittest import mock
 
 import plain_flash
 import torch
+from sources import source_of
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
@@ -72,7 +73,8 @@ class Launch:
     def fingerprint(self) -> str:
         """Of everything that the machine code depends on but the release of Triton: sources, arguments and options."""
         options = (self.target, self.options.num_warps, self.options.num_stages, self.options.enable_fp_fusion)
-        return hashlib.sha256(f"{self.source.hash()} {options}".encode()).hexdigest()
+        arguments = (sorted(self.signature.items()), sorted(self.constants.items()), sorted(self.attributes.items()))
+        return hashlib.sha256(f"{source_of(self.function)} {arguments} {options}".encode()).hexdigest()
 
     def compile(self) -> CompiledKernel:
         """Machine code for the target; from Triton's cache where it has been compiled before."""
