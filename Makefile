@@ -24,12 +24,12 @@ PY_DIRS   := $(wildcard setup.py prefix_fast kernels tests benchmarks examples)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench lint format clean
+.PHONY: help install demo test test-all bench bench-static lint format clean
 
 help:  ## show this list
 	@sed -n 's/^#   /  /p' Makefile
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## make the environment and build the package in it
 
@@ -48,6 +48,9 @@ bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
 	@mkdir -p benchmarks/results
 	@$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet --plot \
 		--benchmark-json benchmarks/results/latest.json $(ARGS)
+
+bench-static: $(STAMP)  ## compile the Triton kernels for every GPU; writes benchmarks/static/table.md
+	@$(PYTHON) benchmarks/static --table $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, clang-format
 	@echo "== lint"

@@ -39,7 +39,7 @@ def words_of(source: str) -> list[str]:
     words: list[str] = []
     fresh = True  # at the start of a statement, where a string stands for itself
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in _BLANK or (token.type == tokenize.STRING and fresh):
+        if token.type in _BLANK or (fresh and token.type in (tokenize.STRING, tokenize.NEWLINE)):
             continue
         if token.type in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE):
             words.append(tokenize.tok_name[token.type])

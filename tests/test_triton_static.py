@@ -1,0 +1,262 @@
+"""The machine code of the Triton kernels, compiled ahead of time: limits, the kept table, and what compiles anew."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("TRITON_INTERPRET is set: the kernels are not compiled", allow_module_level=True)
+
+import triton
+from figures import Row, faults_of, programs_together, row_of, works_of
+from launches import TARGETS, Launch, Shape, launches_of, problem_of
+from machine_code import matrix_loops, natural_loops, parse_amd, parse_sass
+from registry import CALLS, ENTRIES, Call
+from sources import words_of
+from table import fingerprints, load
+
+RELEASE, TABLE = load()
+SAMPLE = [
+    ("sm_80", "D128 bf16", "dkv own"),
+    ("sm_86", "D64 bf16", "dq"),
+    ("sm_89", "D64 fp16", "forward"),
+    ("sm_90", "D64 bf16", "forward"),
+    ("sm_90", "D128 bf16", "dq"),
+    ("sm_100", "D64 bf16", "dkv prefix"),
+    ("sm_120", "D128 bf16", "forward"),
+    ("gfx942", "D64 bf16", "dkv prefix"),
+]
+same_release = pytest.mark.skipif(
+    triton.__version__ != RELEASE, reason=f"the table is of Triton {RELEASE}; another compiles to other code"
+)
+
+
+def call_named(name: str) -> Call:
+    return next(call for call in CALLS if str(call) == name)
+
+
+@same_release
+def test_table_is_of_the_present_kernels_and_configurations() -> None:
+    expected = fingerprints()
+    assert len(expected) > 500
+    stale = [key for key, value in expected.items() if key not in TABLE or TABLE[key].fingerprint != value]
+    assert not stale, f"{len(stale)} rows are stale, as {stale[0]}: run `make bench-static`"
+    assert set(TABLE) == set(expected)
+
+
+@same_release
+@pytest.mark.parametrize("key", SAMPLE, ids=" ".join)
+def test_sampled_kernel_compiles_to_its_row(key: tuple[str, str, str]) -> None:
+    architecture, call, kernel = key
+    (work,) = works_of(call_named(call), architecture, kernel)
+    assert row_of(work) == TABLE[key]
+
+
+@same_release
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_every_kernel_compiles_to_its_row(architecture: str, call: Call) -> None:
+    for work in works_of(call, architecture):
+        assert row_of(work) == TABLE[work.name]
+
+
+def test_no_kernel_of_the_table_has_a_fault() -> None:
+    assert {key: faults for key, row in TABLE.items() if (faults := faults_of(row))} == {}
+
+
+GOOD = Row(
+    "sm_90", "D64 bf16", "dq", (128, 64, 8, 2), 160, 0, 0, 0, 65536, 1, 48, {"prefix": (277, 12, 1.0)}, ""
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"spills_in_loops": 1}, "1 spills in loops"),
+        ({"stack": 136}, "stack 136"),
+        ({"registers": 32}, "32 registers"),
+        ({"shared": 232449}, "shared 232449 > 232448"),
+        ({"occupancy": 0}, "0 resident warps < 8"),
+        ({"matrix": 0}, "no matrix instructions"),
+        ({"loops": {"loop 0": (277, 12, None)}}, "1 loops"),
+        ({"loops": {"prefix": (277, 12, None)}}, "prefix has no counterpart"),
+        ({"loops": {"own": (277, 12, 1.141)}}, "own 1.141 × plain"),
+        ({"kernel": "forward", "loops": {"own": (277, 12, 1.09)}}, "own 1.090 × plain"),
+        ({"architecture": "gfx942", "loops": {"own": (277, 12, 1.09)}}, "own 1.090 × plain"),
+    ],
+)
+def test_fault_is_found(change: dict[str, Any], fault: str) -> None:
+    assert faults_of(GOOD) == []
+    assert fault in faults_of(replace(GOOD, **change))
+
+
+def test_programs_together_are_limited_by_each_resource() -> None:
+    assert programs_together("sm_90", 8, 128, 0, 0) == 2
+    assert programs_together("sm_90", 8, 129, 0, 0) == 1
+    assert programs_together("sm_80", 4, 32, 100000, 0) == 1
+    assert programs_together("sm_100", 4, 32, 1024, 256) == 2
+    assert programs_together("gfx942", 4, 256, 16384, 0) == 2
+    assert programs_together("gfx942", 4, 257, 16384, 0) == 1
+    assert programs_together("sm_86", 1, 16, 0, 0) == 16
+
+
+def sass(*lines: str) -> str:
+    return "\n".join(f"        /*{16 * n:04x}*/  {line} ;  /* 0x0 */" for n, line in enumerate(lines))
+
+
+def test_loops_are_found_where_waiting_is_out_of_line() -> None:
+    program = parse_sass(sass(
+        "MOV R1, R2",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24",  # 0x10: the head of the loop
+        "@!P0 BRA 0x60",
+        "STL [R1], R3",
+        "@P1 BRA 0x10",
+        "EXIT",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9], R4",  # 0x60: waits, then goes on within the loop
+        "@!P0 BRA 0x60",
+        "BRA 0x30",
+    ))  # fmt: skip
+    bodies = natural_loops(program)
+    assert bodies == [frozenset({1, 2, 3, 4, 6, 7, 8}), frozenset({6, 7})]
+    (loop,) = matrix_loops(program, bodies)
+    assert (loop.instructions, loop.matrix, loop.work) == (7, 1, 64 * 64 * 16)
+
+
+def test_inner_loop_counts_and_not_the_one_around_it() -> None:
+    program = parse_amd("""
+	s_mov_b32 s0, 0
+.LBB0_1:
+	v_mov_b32 v0, v1
+.LBB0_2:
+	v_mfma_f32_32x32x8_bf16 v[0:15], v[2:3], v[4:5], v[0:15]
+	scratch_load_dword v9, off, off offset:8 ; 4-byte Folded Reload
+	s_cbranch_scc1 .LBB0_2
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+.amdhsa_kernel f
+	v_mov_b32 v0, v1
+""")
+    assert len(program) == 7
+    bodies = natural_loops(program)
+    assert [len(body) for body in bodies] == [5, 3]
+    assert [(loop.instructions, loop.matrix) for loop in matrix_loops(program, bodies)] == [(3, 1)]
+
+
+def test_fingerprint_ignores_comments_alone() -> None:
+    plain = "def f(x):\n    y = x + 1\n    return y\n"
+    noted = 'def f(x):\n    """Text."""\n\n    y = x + 1  # one more\n    return y\n'
+    assert words_of(plain) == words_of(noted)
+    for other in (plain.replace("+ 1", "+ 2"), plain.replace("    return", "return"), plain.replace("x +", '"x" +')):
+        assert words_of(other) != words_of(plain)
+
+
+def test_plain_flash_attention_is_attention(root: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    file = root / "tests" / "triton_plain_flash.py"
+    done = subprocess.run([sys.executable, "-I", str(file)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def specialisations(shapes: list[Shape], **options: Any) -> dict[str, set[str]]:
+    """Every kernel, and under how many keys Triton would compile it; split partial sums are kernels of their own."""
+    found: dict[str, set[str]] = {}
+    for shape in shapes:
+        for launch in launches_of(problem_of(shape, **{k: v(shape) for k, v in options.items()}), "sm_90"):
+            found.setdefault(kernel_of(launch), set()).add(launch.specialisation)
+    return found
+
+
+def kernel_of(launch: Launch) -> str:
+    target = launch.signature.get("grad_key", "")
+    return f"{launch.kernel} {launch.constant('SET')} {target}"
+
+
+BASE = Shape(12, 12, 64)
+SIZES = [
+    *(replace(BASE, B=B) for B in (1, 2, 3, 16, 33)),
+    *(replace(BASE, T=T) for T in (1, 2, 16, 17, 511, 4096)),
+    *(replace(BASE, P=P) for P in (1, 5, 16, 100, 500, 8192)),
+    *(replace(BASE, T=T, Tk=Tk) for T, Tk in ((1, 1), (1, 16), (1, 1000), (16, 600), (100, 1024))),
+]
+
+
+def per_row(shape: Shape) -> torch.Tensor:
+    return torch.empty(shape.B, dtype=torch.int64, device="meta")
+
+
+def packed(heads: str) -> Callable[[Shape], torch.Tensor]:
+    def tensor(shape: Shape) -> torch.Tensor:
+        tokens = shape.B * shape.T
+        return torch.empty(tokens, getattr(shape, heads), shape.D, dtype=shape.dtype, device="meta")
+
+    return tensor
+
+
+def offsets(shape: Shape) -> torch.Tensor:
+    return torch.empty(shape.B + 1, dtype=torch.int32, device="meta")
+
+
+PACKED = {
+    "query": packed("H"), "key": packed("Hkv"), "value": packed("Hkv"), "cu_seqlens_q": offsets,
+    "cu_seqlens_k": offsets,
+}  # fmt: skip
+
+
+def mask(shape: Shape) -> torch.Tensor:
+    return torch.empty(shape.B, shape.Tk or shape.T, dtype=torch.bool, device="meta")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"key_mask": mask},
+        {"query_offset": per_row},
+        {"query_offset": lambda shape: shape.P},
+        {"window": lambda shape: shape.T},
+        PACKED,
+    ],
+    ids=["plain", "key_mask", "offsets", "offset", "window", "packed"],
+)
+def test_sizes_compile_nothing_anew(options: dict[str, Any]) -> None:
+    found = specialisations(SIZES, **options)
+    assert {"forward_kernel None ", "reduce_kernel None "} <= set(found)
+    assert {kernel: len(keys) for kernel, keys in found.items() if len(keys) > 1} == {}
+
+
+def test_number_of_prefixes_compiles_nothing_anew() -> None:
+    found = specialisations([replace(BASE, N=N, B=B) for N in (2, 3, 16, 17) for B in (1, 16, 20)])
+    assert len(found) >= 4
+    assert {kernel: len(keys) for kernel, keys in found.items() if len(keys) > 1} == {}
+
+
+def test_head_dim_dtype_and_flags_compile_anew() -> None:
+    base = specialisations([BASE])["forward_kernel None "]
+    for shape, options in (
+        (replace(BASE, D=128), {}),
+        (replace(BASE, dtype=torch.float16), {}),
+        (BASE, {"softcap": lambda shape: 30.0}),
+        (BASE, {"is_causal": lambda shape: False}),
+    ):
+        assert specialisations([shape], **options)["forward_kernel None "].isdisjoint(base)
+
+
+def test_every_kernel_has_an_entry(root: Path) -> None:
+    kernels = {
+        name
+        for file in (root / "kernels").glob("*.py")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.startswith("def ") and (name := line[4:].split("(")[0]).endswith("_kernel")
+    }
+    assert kernels == {entry.function for entry in ENTRIES}
