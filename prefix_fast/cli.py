@@ -224,10 +224,14 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="Backend of the attention.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each side, in turns; the median counts.")] = 10,
+    predict: Annotated[str, typer.Option(help="Time nothing: predict for a card, as H100; list shows them.")] = "",
     debug: _Debug = False,
 ) -> None:
     """Time the operator, forward and backward, against concatenation and PyTorch's SDPA."""
     with _one_line_errors(debug):
+        if predict:
+            _print_predictions(predict)
+            return
         import torch
 
         from prefix_fast.speed import measure
@@ -243,6 +247,36 @@ def bench(
                 times = (f"{1e3 * m.ours:.1f} ms", f"{1e3 * m.rival:.1f} ms")
                 table.add_row(str(m.shape), *times, f"{m.ratio:.2f}×", f"{m.difference:.1e}")
         console.print(table)
+
+
+def _print_predictions(name: str) -> None:
+    """The tables of `bench --predict`; of the known cards for the name list."""
+    from prefix_fast import prediction
+
+    console = Console(highlight=False)
+    if name.lower() == "list":
+        console.print("\n".join(prediction.CARDS))
+        return
+    known, card = prediction.card_named(name)
+    console.print(f"[bold]Prediction from a roofline for {known}, never measured.[/] {prediction.ASSUMPTIONS}")
+    training, decoding = prediction.predict_training(card), prediction.predict_decoding(card)
+    table = Table(
+        Column("training, bfloat16", no_wrap=True), "path", title=f"predicted for {known}: forward + backward"
+    )
+    for column in ("forward", "backward", "concatenation + SDPA", "ratio"):
+        table.add_column(column, justify="right")
+    for p in training:
+        times = (p.forward, p.backward, sum(p.concatenation))
+        table.add_row(prediction.label(p.shape), p.path, *map(prediction.duration, times), f"{p.ratio:.2f}×")
+    console.print(table)
+    table = Table(Column("decoding, bfloat16", no_wrap=True), "path", title=f"predicted for {known}: one step")
+    for column in ("forward", "concatenation + SDPA", "ratio", "SDPA, concatenated before", "ratio"):
+        table.add_column(column, justify="right")
+    for d in decoding:
+        rivals = (sum(d.concatenation), d.cached)
+        of_rivals = [text for t in rivals for text in (prediction.duration(t), f"{t / d.forward:.2f}×")]
+        table.add_row(prediction.label(d.shape), d.path, prediction.duration(d.forward), *of_rivals)
+    console.print(table)
 
 
 def _refuse_changes(ctx: typer.Context, output: Path, given: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ LAYERS = (
     ("prefix_fast.models",),
     ("prefix_fast.patching",),
     ("prefix_fast.training",),
-    ("prefix_fast.demo", "prefix_fast.doctor", "prefix_fast.speed"),
+    ("prefix_fast.demo", "prefix_fast.doctor", "prefix_fast.prediction", "prefix_fast.speed"),
     ("prefix_fast.cli",),
     ("prefix_fast",),
 )

@@ -15,7 +15,7 @@ from prefix_fast.backends.triton_config import Device
 
 
 class Card(NamedTuple):
-    """Peak rates of a graphics card: dense matrix products with float32 sums, boost clock."""
+    """Peak rates of a graphics card: dense matrix products with float32 sums, at the boost clock."""
 
     architecture: str
     multiprocessors: int
@@ -27,15 +27,18 @@ class Card(NamedTuple):
     l2_bytes: float  # a second; about that of public microbenchmarks
 
 
+# Products and memory: the makers' data sheets, without sparsity (A100 80GB SXM; A10; L40S; H100 and H200 SXM; HGX B200;
+# RTX 5090; MI300X). Exponentials: 16 a cycle and multiprocessor, of the special function units of NVIDIA's and of AMD's
+# quarter-rate pipes, at the boost clock. L2: of the order of what public microbenchmarks report; no maker states it.
 CARDS = {
     "A100": Card("sm_80", 108, 312e12, 156e12, 19.5e12, 2.4e12, 2.04e12, 4.0e12),
-    "A10": Card("sm_86", 72, 125e12, 62e12, 31e12, 1.9e12, 0.6e12, 1.8e12),
-    "L40S": Card("sm_89", 142, 362e12, 183e12, 91e12, 5.7e12, 0.864e12, 4.5e12),
+    "A10": Card("sm_86", 72, 125e12, 62.5e12, 31.2e12, 1.95e12, 0.6e12, 1.8e12),
+    "L40S": Card("sm_89", 142, 362e12, 183e12, 91.6e12, 5.7e12, 0.864e12, 4.5e12),
     "H100": Card("sm_90", 132, 989e12, 494e12, 67e12, 3.7e12, 3.35e12, 5.5e12),
     "H200": Card("sm_90", 132, 989e12, 494e12, 67e12, 3.7e12, 4.8e12, 5.5e12),
     "B200": Card("sm_100", 148, 2250e12, 1125e12, 75e12, 4.4e12, 8.0e12, 10e12),
     "RTX5090": Card("sm_120", 170, 209e12, 105e12, 105e12, 6.5e12, 1.79e12, 6.0e12),
-    "MI300X": Card("gfx942", 304, 1307e12, 653e12, 163e12, 10e12, 5.3e12, 10e12),
+    "MI300X": Card("gfx942", 304, 1307e12, 653e12, 163e12, 10.2e12, 5.3e12, 10e12),
 }
 _OF_THE_WHOLE = ("architecture", "multiprocessors", "memory_bytes")  # not a multiple of the multiprocessors
 LAUNCH = 4e-6  # seconds of one kernel launch
@@ -68,12 +71,18 @@ class Shape(NamedTuple):
         return (*(size for _, size in self.sets), self.keys)
 
     @property
-    def pairs(self) -> float:
-        """Visible (query, key) pairs of one head, all rows together."""
+    def shared_pairs(self) -> int:
+        """(query, key) pairs of one head over the shared segments, all rows together."""
+        return self.rows * self.queries * sum(size for _, size in self.sets)
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs of one head, all rows together; the last query sees all keys of its row."""
         own = self.queries * self.keys
         if self.causal:
-            own -= min(self.queries, self.keys) * (min(self.queries, self.keys) - 1) // 2
-        return self.rows * (self.queries * sum(size for _, size in self.sets) + own)
+            seeing = min(self.queries, self.keys)
+            own = seeing * self.keys - seeing * (seeing - 1) // 2
+        return self.shared_pairs + self.rows * own
 
     @property
     def shared_bytes(self) -> float:
@@ -91,8 +100,10 @@ class Shape(NamedTuple):
         return self.rows * self.heads * self.queries * self.head_dim * self.element
 
 
-def card_of(device: Device) -> Card:
+def card_of(device: Device | Card) -> Card:
     """The table's card of that architecture, scaled to the device's size; the least one where it has none."""
+    if isinstance(device, Card):
+        return device
     card = next((card for card in CARDS.values() if card.architecture == device.architecture), CARDS["A10"])
     scale = device.multiprocessors / card.multiprocessors
     scaled = {name: getattr(card, name) * scale for name in Card._fields if name not in _OF_THE_WHOLE}
@@ -118,7 +129,7 @@ def reader_splits(device: Device, programs: int, pairs: int, query_tiles: int) -
     return Splits(readers, max(1, min(wanted // readers, query_tiles)))
 
 
-def key_chunks(device: Device, shape: Shape, block_q: int) -> tuple[int, ...] | None:
+def key_chunks(device: Device | Card, shape: Shape, block_q: int) -> tuple[int, ...] | None:
     """Chunks of each set's segments, and of the own tokens, for the split forward; None: one pass is better.
 
     The split forward reads a shared segment once for a tile of all its readers' queries, and cuts long chains so that
@@ -127,9 +138,7 @@ def key_chunks(device: Device, shape: Shape, block_q: int) -> tuple[int, ...] | 
     if shape.queries >= SPLIT_QUERIES or sum(shape.lengths) == 0:
         return None
     chunks = _chunks_that_fit(device, shape, block_q)
-    return (
-        chunks if _split_seconds(device, shape, block_q, chunks) < _one_pass_seconds(device, shape, block_q) else None
-    )
+    return chunks if split_seconds(device, shape, block_q, chunks) < one_pass_seconds(device, shape, block_q) else None
 
 
 def _folded_tiles(shape: Shape, block_q: int) -> tuple[int, ...]:
@@ -143,7 +152,7 @@ def _folded_tiles(shape: Shape, block_q: int) -> tuple[int, ...]:
     return (*shared, shape.rows * math.ceil(folded / block_q))
 
 
-def _chunks_that_fit(device: Device, shape: Shape, block_q: int) -> tuple[int, ...]:
+def _chunks_that_fit(device: Device | Card, shape: Shape, block_q: int) -> tuple[int, ...]:
     """The smallest chunk of keys, found by bisection, with which all items run at once on the device."""
     least = 32 if device.architecture == "interpreter" else LEAST_CHUNK
     room = device.multiprocessors * OCCUPANCY
@@ -156,7 +165,8 @@ def _chunks_that_fit(device: Device, shape: Shape, block_q: int) -> tuple[int, .
     return tuple(max(1, math.ceil(length / (low * least))) for length in shape.lengths)
 
 
-def _split_seconds(device: Device, shape: Shape, block_q: int, chunks: tuple[int, ...]) -> float:
+def split_seconds(device: Device | Card, shape: Shape, block_q: int, chunks: tuple[int, ...]) -> float:
+    """Predicted time of the split forward and its merge."""
     card = card_of(device)
     tiles = _folded_tiles(shape, block_q)
     walked = sum(t * n for t, n in zip(tiles, shape.lengths, strict=True)) * shape.kv_heads  # keys, by all programs
@@ -165,7 +175,8 @@ def _split_seconds(device: Device, shape: Shape, block_q: int, chunks: tuple[int
     return _walk_seconds(card, shape, block_q, walked, items) + partials / card.l2_bytes + 2 * LAUNCH
 
 
-def _one_pass_seconds(device: Device, shape: Shape, block_q: int) -> float:
+def one_pass_seconds(device: Device | Card, shape: Shape, block_q: int) -> float:
+    """Predicted time of the one-pass forward with few queries in a row, whose tiles they do not fill."""
     programs = shape.rows * shape.heads * math.ceil(shape.queries / block_q)
     return _walk_seconds(card_of(device), shape, block_q, programs * sum(shape.lengths), programs) + LAUNCH
 
@@ -197,32 +208,82 @@ def _peak(card: Card, shape: Shape) -> float:
     return card.tf32_flops if shape.tf32 else card.single_flops
 
 
-def forward_seconds(card: Card, shape: Shape) -> float:
-    """Predicted time of the one-pass forward."""
-    return _roofline(card, shape, 4, FORWARD_SHARE, shape.own_bytes + shape.shared_bytes + 2 * shape.query_bytes, 1)
+class Work(NamedTuple):
+    """What a kernel does, of one head where it says so."""
+
+    products: float  # FLOP of one head for each dimension of it
+    exponentials: float  # of one head
+    l2_bytes: float
+    memory_bytes: float
 
 
-def backward_seconds(card: Card, shape: Shape) -> float:
-    """Predicted time of dq and of the gradients of all keys and values."""
-    moved = 3 * (shape.own_bytes + shape.shared_bytes) + 6 * shape.query_bytes
-    return _roofline(card, shape, 14, BACKWARD_SHARE, moved, 3 + 2 * len(shape.sets))
+def forward_seconds(card: Card, shape: Shape, block_q: int = 128) -> float:
+    """Predicted time of the one-pass forward; every tile of queries reads its row's chain of keys through the L2."""
+    memory = shape.own_bytes + shape.shared_bytes + 2 * shape.query_bytes
+    work = Work(4 * shape.pairs, shape.pairs, _key_bytes_of_tiles(shape, block_q), memory)
+    return _roofline(card, shape, work, FORWARD_SHARE) + LAUNCH
 
 
-def concatenation_seconds(card: Card, shape: Shape) -> tuple[float, float]:
+def backward_seconds(card: Card, shape: Shape, block_q: int = 128, fused: bool = False) -> float:
+    """Predicted time of dq and of the gradients of all keys and values, which compute the scores once each.
+
+    Args:
+        card, shape: as for `forward_seconds`.
+        block_q: queries of a tile.
+        fused: one kernel makes dq and the gradients of a short prefix: 5 products over its keys instead of 7.
+    """
+    products = 14 * shape.pairs - (4 * shape.shared_pairs if fused else 0)
+    exponentials = 2 * shape.pairs - (shape.shared_pairs if fused else 0)
+    memory = 3 * (shape.own_bytes + shape.shared_bytes) + (5 if fused else 6) * shape.query_bytes
+    work = Work(products, exponentials, 2 * _key_bytes_of_tiles(shape, block_q), memory)
+    launches = 3 + (1 if fused else 2) * len(shape.sets)
+    return _roofline(card, shape, work, BACKWARD_SHARE) + launches * LAUNCH
+
+
+def concatenated_bytes(shape: Shape) -> float:
+    """Of keys and values that hold a copy of the shared segments for every row, and the rows' own tokens."""
+    copies = shape.rows * sum(size for _, size in shape.sets)
+    return 2 * shape.kv_heads * copies * shape.head_dim * shape.element + shape.own_bytes
+
+
+def copying_seconds(card: Card, shape: Shape) -> float:
+    """Predicted time of concatenating keys, and values: a copy of the shared segments for every row."""
+    return (shape.own_bytes + shape.shared_bytes + concatenated_bytes(shape)) / card.memory_bytes + 2 * LAUNCH
+
+
+def concatenation_seconds(card: Card, shape: Shape, block_q: int = 128) -> tuple[float, float]:
     """(forward, backward) of flash attention over prefixes copied for each row and concatenated, with no mask to read.
 
-    The copies are written and read; backward gives one gradient to each copy, which are then summed over the rows.
+    The copies are written, then read. Backward writes a gradient of each copy, which a sum over the rows reads again,
+    and splits off the gradients of own tokens.
     """
-    row_prefix = shape.rows * sum(size for _, size in shape.sets)
-    copied = 2 * shape.kv_heads * row_prefix * shape.head_dim * shape.element + shape.own_bytes
-    attention = copied + 2 * shape.query_bytes
-    forward = _roofline(card, shape, 4, FORWARD_SHARE, attention, 1) + 2 * (copied / card.memory_bytes + LAUNCH)
-    gradients = _roofline(card, shape, 10, BACKWARD_SHARE, 2 * copied + 5 * shape.query_bytes, 3)
-    return forward, gradients + 2 * copied / card.memory_bytes + 4 * LAUNCH
+    copies = concatenated_bytes(shape)
+    summing = (copies + shape.own_bytes + shape.shared_bytes) / card.memory_bytes + 4 * LAUNCH
+    l2 = _key_bytes_of_tiles(shape, block_q)
+    forward = Work(4 * shape.pairs, shape.pairs, l2, copies + 2 * shape.query_bytes)
+    backward = Work(10 * shape.pairs, shape.pairs, 2 * l2, 2 * copies + 5 * shape.query_bytes)
+    return (
+        copying_seconds(card, shape) + _roofline(card, shape, forward, FORWARD_SHARE) + LAUNCH,
+        summing + _roofline(card, shape, backward, BACKWARD_SHARE) + 3 * LAUNCH,
+    )
 
 
-def _roofline(card: Card, shape: Shape, products: int, share: float, moved: float, launches: int) -> float:
-    scores = shape.pairs * shape.heads
-    flops = products * scores * shape.head_dim / (share * _peak(card, shape))
-    exponentials = scores * (1 if products <= 10 else 2) / card.exponentials
-    return max(flops, exponentials, moved / card.memory_bytes) + launches * LAUNCH
+def cached_seconds(card: Card, shape: Shape) -> float:
+    """Predicted time of a flash decode over a cache in which every row has its own copy of the prefix already."""
+    memory = concatenated_bytes(shape) + 2 * shape.query_bytes
+    work = Work(4 * shape.pairs, shape.pairs, memory, memory)
+    return _roofline(card, shape, work, FORWARD_SHARE) + 2 * LAUNCH
+
+
+def _key_bytes_of_tiles(shape: Shape, block_q: int) -> float:
+    """Of the keys and values that all query tiles read together, however often each is read."""
+    return 2 * shape.pairs * shape.heads * shape.head_dim * shape.element / min(block_q, max(shape.queries, 1))
+
+
+def _roofline(card: Card, shape: Shape, work: Work, share: float) -> float:
+    return max(
+        work.products * shape.heads * shape.head_dim / (share * _peak(card, shape)),
+        work.exponentials * shape.heads / card.exponentials,
+        work.l2_bytes / card.l2_bytes,
+        work.memory_bytes / card.memory_bytes,
+    )
