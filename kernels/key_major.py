@@ -24,7 +24,7 @@ def weights_of_tile(
     """
     logits, slope = logits_of(dot(k, q, PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
     if bias is not None:
-        pointers = bias + queries.to(tl.int64)[None, :] * bias_strides[0] + keys[:, None] * bias_strides[1]
+        pointers = bias + queries.to(tl.int64)[None, :] * bias_strides[0] + keys.to(tl.int64)[:, None] * bias_strides[1]
         mask = (queries < count)[None, :] & present[:, None]
         logits += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     weights = exponential(logits - level[None, :], NATURAL)

@@ -100,7 +100,7 @@ def packed_tile(tile, cu_seqlens, num_units, BLOCK: tl.constexpr):
 def offset_of(row, query_offset, fixed_offset, cu_seqlens_q, cu_seqlens_k, stride):
     """Position of a row's query 0 among its own tokens."""
     if query_offset is not None:
-        given = tl.load(query_offset + row * stride).to(tl.int64)
+        given = tl.load(query_offset + row.to(tl.int64) * stride).to(tl.int64)
         offset = tl.minimum(tl.maximum(given, -FARTHEST), FARTHEST).to(tl.int32)
     elif fixed_offset is None:
         query_count = tl.load(cu_seqlens_q + row + 1) - tl.load(cu_seqlens_q + row)

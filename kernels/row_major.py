@@ -95,7 +95,7 @@ def present_keys(keys, valid, key_mask, mask_stride):
     """Which keys of a tile exist and are not masked out for the whole row."""
     present = keys < valid
     if key_mask is not None:
-        present = present & (tl.load(key_mask + keys * mask_stride, mask=present, other=0) != 0)
+        present = present & (tl.load(key_mask + keys.to(tl.int64) * mask_stride, mask=present, other=0) != 0)
     return present
 
 
@@ -120,6 +120,6 @@ def add_bias(logits, bias, query_stride, key_stride, queries, keys, valid_querie
     """Natural logits plus the bias of one row and head."""
     if bias is not None:
         tl.static_assert(NATURAL, "a bias is added to natural logits")
-        pointers = bias + queries.to(tl.int64)[:, None] * query_stride + keys[None, :] * key_stride
+        pointers = bias + queries.to(tl.int64)[:, None] * query_stride + keys.to(tl.int64)[None, :] * key_stride
         logits += tl.load(pointers, mask=valid_queries[:, None] & present[None, :], other=0.0).to(tl.float32)
     return logits

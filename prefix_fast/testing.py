@@ -214,9 +214,19 @@ def check(problem: Problem, backend: str, *, gradients: bool = True) -> dict[str
     return compare(problem, backend, evaluate(problem, backend, grads), truth(problem, grads))
 
 
-def compare(problem: Problem, name: str, results: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Hold results, whose origin is `name`, against the truth as `check` does; for results computed elsewhere."""
-    grads = output_grads(problem) if len(true) > 2 else None
+def compare(
+    problem: Problem,
+    name: str,
+    results: dict[str, Tensor],
+    true: dict[str, Tensor],
+    grads: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
+    """Hold results, whose origin is `name`, against the truth as `check` does; for results computed elsewhere.
+
+    `grads` are the gradients of out and lse behind both; None: those of `output_grads`.
+    """
+    if grads is None:
+        grads = output_grads(problem) if len(true) > 2 else None
     eager = errors(evaluate(problem, "eager", grads), true)
     found = errors(results, true)
     cancelled = 0.0 if grads is None else _rounding_of_cancelled_sums(problem, grads[0])

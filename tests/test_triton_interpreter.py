@@ -21,15 +21,26 @@ def interpreted(root: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("first", range(0, 20, 10))
-def test_random_calls_agree_with_the_oracle(first: int, root: Path) -> None:
-    assert "0 failures" in interpreted(root, root / "tests" / "triton_cases.py", str(first), str(first + 10))
+def run_module(root: Path, name: str, *arguments: object) -> str:
+    """What the program `tests/<name>.py` prints under the interpreter."""
+    start = f"import sys; sys.path.insert(0, 'tests'); import {name}; sys.exit(min({name}.main(sys.argv[1:]), 1))"
+    return interpreted(root, "-c", start, *map(str, arguments))
+
+
+@pytest.mark.parametrize(("dtype", "first", "last"), [("fp32", 0, 12), ("fp16", 0, 12), ("bf16", 12, 15)])
+def test_random_calls_agree_with_the_oracle(dtype: str, first: int, last: int, root: Path) -> None:
+    assert "0 failures" in run_module(root, "triton_cases", dtype, first, last)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(20, 260, 40))
-def test_many_random_calls_agree_with_the_oracle(first: int, root: Path) -> None:
-    assert "0 failures" in interpreted(root, root / "tests" / "triton_cases.py", str(first), str(first + 40))
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("first", range(12, 232, 44))
+def test_many_random_calls_agree_with_the_oracle(dtype: str, first: int, root: Path) -> None:
+    assert "0 failures" in run_module(root, "triton_cases", dtype, first, first + (44 if dtype != "bf16" else 8))
+
+
+def test_offsets_beyond_int32_reach_the_same_numbers(root: Path) -> None:
+    assert "0 failures" in run_module(root, "triton_far")
 
 
 def test_properties_of_the_operator_hold(root: Path) -> None:
@@ -46,8 +57,9 @@ def test_every_property_of_the_operator_holds(chosen: str, root: Path) -> None:
 
 def _properties(root: Path, chosen: str) -> None:
     file = root / "tests" / "test_operator_properties.py"
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", chosen)
-    assert " passed" in interpreted(root, "-m", "pytest", *options, file)
+    start = "import sys; sys.path.insert(0, 'tests'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    plugins = ("-p", "triton_harness", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist")
+    assert " passed" in interpreted(root, "-c", start, "-q", *plugins, "-k", chosen, file)
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

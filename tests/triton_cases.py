@@ -1,109 +1,276 @@
-"""Calls to the Triton kernels under their interpreter: cases, and results written into NaN between canaries.
+"""Calls to the Triton kernels under their interpreter: random ones, and what must hold of the results of each.
 
-Run as a program, with TRITON_INTERPRET=1 in the environment before it starts, it checks the cases that it is given.
+Run as a program, with TRITON_INTERPRET=1 in the environment before it starts, it checks the calls that it is given.
 """
 
 import random
 import sys
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton_harness import Machine, words
 
 from prefix_fast import testing
 from prefix_fast.backends import triton
-from prefix_fast.backends.problem import Grads, Problem
-from prefix_fast.testing import Case, float_tensors, make_problem, output_grads, truth
+from prefix_fast.backends.problem import Grads, Problem, make_plan
+from prefix_fast.testing import Case, float_tensors, make_problem, truth, with_float_tensors
 
-CANARY = 12288.0  # a float16 too
-MARGIN = 64
+TOKENS = (0, 1, 2, 5, 17, 31, 32, 33, 47, 63, 64, 65)  # around the interpreter's tile of 32, and primes
+MOST_PROGRAMS = 12  # rows × heads × query tiles
 
 
-def random_case(seed: int) -> Case:
-    """A case for every kind of call, chosen by the seed alone."""
+@dataclass(frozen=True)
+class Call:
+    """A `Case` and what it leaves open; `str(call)` tells all of it."""
+
+    case: Case
+    layouts: tuple[tuple[str, str], ...] = ()  # of tensors by name: sliced, permuted, expanded0, expanded1, expanded2
+    scores: str = "normal"  # "large": up to ±1e4
+    hidden: str = "finite"  # what keys and values that nobody may read hold: nan, inf
+    bias: str = "full"  # what attn_bias is broadcast from: full, heads, queries, one; with "-inf" some of it is -inf
+    integers: str = "int64"  # dtype of ids, lengths, offsets; "strided": not dense in memory
+    plan: bool = False
+    grad_out: str = "dense"  # sliced, permuted, sum (all equal, stride 0)
+    grad_lse: bool = True
+    unwanted: tuple[str, ...] = ()  # gradients that are not asked for
+
+    def __str__(self) -> str:
+        default = Call(self.case)
+        parts = [f"{k}={v}" for k, v in vars(self).items() if k != "case" and v != getattr(default, k)]
+        return "-".join([str(self.case), *parts])
+
+
+def random_call(seed: int, dtype: torch.dtype) -> Call:
+    """A call for every kind of argument, chosen by the seed alone; the same in each dtype but for a float32 prefix."""
     choose = random.Random(seed)
-    group = choose.choice([1, 1, 2, 3, 4, 8, 16])
-    packed = choose.random() < 0.2
-    tokens = [0, 1, 5, 17, 31, 32, 33, 49]
-    Tq = choose.choice(tokens[1:])
-    num_sets, N = choose.choice([0, 1, 1, 1, 2, 3]), choose.choice([1, 1, 3])
-    options = {}
-    if choose.random() < 0.2:
-        options["softcap"] = choose.choice([0.5, 2.0, 30.0])
-    if choose.random() < 0.25:
-        options["window"] = choose.choice([1, 4, 33])
-        options["in_window"] = choose.random() < 0.5
-    if choose.random() < 0.2:
-        options["sinks"] = True
-    if choose.random() < 0.15:
-        options["scale"] = choose.choice([0.0, -0.2, 0.7])
-    packed_segments = choose.random() < 0.2
-    if not packed and not packed_segments and choose.random() < 0.15:
-        options["segment_bias"] = True
-    return Case(
-        B=choose.choice([1, 2, 3]), H=group, Hkv=1, Tq=Tq,
-        Tk=choose.choice([Tq, Tq, choose.choice(tokens)]), N=N, P=choose.choice([0, 1, 9, 31, 32, 33, 40]),
-        D=choose.choice([16, 32, 64, 64, 80, 96, 128, 256]),
-        dtype=choose.choice([torch.float32, torch.float16]), num_sets=num_sets, packed=packed,
-        packed_segments=packed_segments, ids="random" if N > 1 or choose.random() < 0.3 else "none",
-        lengths=choose.choice(["none", "random"]),
-        key_mask="none" if packed else choose.choice(["none", "none", "left", "right", "scattered"]),
-        attn_bias=not packed and choose.random() < 0.15, is_causal=choose.random() < 0.75,
-        query_offset=choose.choice(["none", "none", "int", "rows"]),
-        dropout_p=choose.choice([0.0, 0.0, 0.0, 0.3]), options=options, seed=seed,
+    case = replace(_random_case(choose, seed), dtype=dtype)
+    if dtype != torch.float32 and choose.random() < 0.25:
+        case = replace(case, prefix_dtype=torch.float32)
+    names = list(float_tensors(make_problem(case)))
+    layouts = tuple(
+        (name, choose.choice(["sliced", "permuted", "expanded0", "expanded1", "expanded2"]))
+        for name in names if choose.random() < 0.35
+    )  # fmt: skip
+    hides = case.key_mask != "none" or (case.lengths == "random" and case.num_sets > 0)
+    return Call(
+        case, layouts, scores="large" if choose.random() < 0.06 else "normal",
+        hidden=choose.choice(["nan", "inf"]) if hides and choose.random() < 0.6 else "finite",
+        bias=choose.choice(["full", "heads", "queries", "one"]) + choose.choice(["", "-inf"]),
+        integers=choose.choice(["int64", "int32", "strided"]), plan=choose.random() < 0.5,
+        grad_out=choose.choice(["dense", "dense", "sliced", "permuted", "sum"]), grad_lse=choose.random() < 0.6,
+        unwanted=tuple(name for name in names if choose.random() < 0.5) if choose.random() < 0.25 else (),
     )  # fmt: skip
 
 
-def guarded(like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """A tensor of that shape and those strides full of NaN, and the memory around it, which nothing may write."""
-    dtype = dtype or like.dtype
-    dense = torch.empty_like(like, dtype=dtype)
-    memory = torch.full((dense.numel() + 2 * MARGIN,), CANARY, dtype=dtype)
-    inner = memory[MARGIN : MARGIN + dense.numel()]
-    inner.fill_(torch.nan)
-    return inner.as_strided(dense.shape, dense.stride()), memory
+def _random_case(choose: random.Random, seed: int) -> Case:
+    group = choose.choice([1, 1, 2, 2, 3, 4, 5, 8, 16])
+    Hkv = choose.choice([1, 1, 2, 3]) if group < 4 else choose.choice([1, 1, 1, 2])
+    B = max(1, min(choose.choice([1, 2, 3, 5]), MOST_PROGRAMS // (group * Hkv)))
+    tiles = MOST_PROGRAMS // (B * group * Hkv)
+    Tq = choose.choice([t for t in TOKENS[1:] if t <= max(32 * tiles, 5)])
+    Tk = Tq if choose.random() < 0.5 else choose.choice(TOKENS)
+    packed, packed_segments = choose.random() < 0.2, choose.random() < 0.25
+    N = choose.choice([1, 1, 2, 3, 5])
+    options: dict[str, Any] = {}
+    if choose.random() < 0.2:
+        options["softcap"] = choose.choice([0.5, 2.0, 30.0])
+    if choose.random() < 0.3:
+        options["window"] = choose.choice([1, 4, 17, 33])
+        options["in_window"] = choose.random() < 0.5
+    if choose.random() < 0.2:
+        options["sinks"] = True
+    if choose.random() < 0.2:
+        options["scale"] = choose.choice([0.0, -0.2, 0.7])
+    if not packed and not packed_segments and choose.random() < 0.15:
+        options["segment_bias"] = True
+    return Case(
+        B=B, H=group * Hkv, Hkv=Hkv, Tq=Tq, Tk=Tk, N=N, P=choose.choice([0, 1, 9, 31, 32, 33, 37, 64, 65]),
+        D=choose.choice([1, 16, 24, 32, 64, 64, 80, 96, 128, 256]), num_sets=choose.choice([0, 1, 1, 1, 2, 2, 3]),
+        packed=packed, packed_segments=packed_segments, ids="random" if N > 1 or choose.random() < 0.3 else "none",
+        lengths=choose.choice(["none", "random"]),
+        key_mask="none" if packed else choose.choice(["none", "none", "left", "right", "scattered"]),
+        attn_bias=not packed and choose.random() < 0.2, is_causal=choose.random() < 0.75,
+        query_offset=choose.choice(["none", "none", "int", "rows"]),
+        dropout_p=choose.choice([0.0, 0.0, 0.0, 0.0, 0.3, 0.9]), options=options, seed=seed,
+    )  # fmt: skip
 
 
-def run(problem: Problem) -> dict[str, Tensor]:
-    """out, lse and every gradient from the kernels; raises where a canary is gone."""
-    memories = {}
+def problem_of(call: Call) -> Problem:
+    """The numbers of a call, in plain tensors and with finite ones everywhere."""
+    generator = torch.Generator().manual_seed(call.case.seed + 1)
+    problem = make_problem(call.case)
+    named = float_tensors(problem)
+    for name, layout in call.layouts:
+        dim = int(layout[-1]) if layout.startswith("expanded") else None
+        if dim is not None and dim < named[name].dim() - 1 and named[name].shape[dim] > 0:
+            named[name] = named[name].narrow(dim, 0, 1).expand(named[name].shape)
+    if call.scores == "large":
+        largest = max((t.float().norm(dim=-1).max().item() for n, t in named.items() if n[-3:] == "key" and t.numel()),
+                      default=1.0)  # fmt: skip
+        reach = named["query"].float().norm(dim=-1).max().item() * largest * abs(problem.scale or 1) if largest else 1
+        problem = replace(problem, scale=problem.scale * 1e4 / max(reach, 1e-3))
+    bias = problem.attn_bias
+    if bias is not None:
+        source = call.bias.removesuffix("-inf")
+        shape = {"heads": (1, call.case.H, 1, bias.shape[3]), "queries": (1, 1, *bias.shape[2:]), "one": (1, 1, 1, 1)}
+        bias = torch.randn(shape.get(source, bias.shape), generator=generator).to(bias.dtype)
+        if call.bias.endswith("-inf"):
+            bias = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.3, -torch.inf)
+    return replace(with_float_tensors(problem, named), attn_bias=bias)
 
-    def target(name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        tensor, memories[name] = guarded(like, dtype)
-        return tensor
 
-    grad_out, grad_lse = output_grads(problem)
-    out = target("out", problem.query)
-    lse = target("lse", problem.query[..., 0].contiguous(), torch.float32)
-    triton.forward(problem, out, lse)
-    grads = {name: target(f"grad.{name}", t) for name, t in float_tensors(problem).items()}
+def gradients_of(call: Call, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Gradients of out and lse; zeros where lse has none."""
+    grad_out, grad_lse = testing.output_grads(problem)
+    if call.grad_out == "sum":
+        grad_out = torch.ones((), dtype=grad_out.dtype).expand(grad_out.shape)
+    return grad_out, grad_lse.float() if call.grad_lse else torch.zeros_like(grad_lse, dtype=torch.float32)
+
+
+def visible_parts(problem: Problem) -> dict[str, Tensor]:
+    """For keys and values by name: which of their tokens some query may read, as a mask over all but the last dim."""
+    masks = {}
+    own = problem.key
+    mask = torch.ones(own.shape[:-1], dtype=torch.bool)
+    if problem.key_mask is not None:
+        mask = problem.key_mask[:, None].expand(mask.shape)
+    masks["key"] = masks["value"] = mask
+    for index, s in enumerate(problem.sets):
+        units = torch.arange(s.count)
+        read = torch.isin(units, s.ids) if s.ids is not None else units == 0
+        if s.cu_seqlens is None:
+            lengths = torch.full((s.count,), s.key.shape[2]) if s.lengths is None else s.lengths
+            tokens = (torch.arange(s.key.shape[2]) < lengths[:, None]) & read[:, None]
+            mask = tokens[:, None].expand(s.key.shape[:-1])
+        else:
+            sizes = s.cu_seqlens.diff()
+            lengths = sizes if s.lengths is None else s.lengths
+            unit = torch.repeat_interleave(units, sizes)
+            within = torch.arange(int(sizes.sum())) - s.cu_seqlens[:-1].repeat_interleave(sizes)
+            mask = (within < lengths[unit]) & read[unit]
+            mask = mask[:, None].expand(s.key.shape[:-1])
+        masks[f"segment{index}.key"] = masks[f"segment{index}.value"] = mask
+    return masks
+
+
+def placed(call: Call, problem: Problem, machine: Machine) -> Problem:
+    """The same call in fenced memory, laid out and poisoned as the call says."""
+    layouts = dict(call.layouts)
+    named = {}
+    visible = visible_parts(problem)
+    for name, tensor in float_tensors(problem).items():
+        if call.hidden != "finite" and name in visible:
+            tensor = tensor.masked_fill(~visible[name][..., None], float(call.hidden))
+        named[name] = machine.input(tensor, name, layouts.get(name, "dense"))
+    of_integers = "sliced" if call.integers == "strided" else "dense"
+
+    def integers(tensor: Tensor | None, name: str) -> Tensor | None:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return machine.input(tensor.int() if call.integers == "int32" else tensor, name, of_integers)
+
+    def others(tensor: Tensor | None, name: str) -> Tensor | None:
+        return None if tensor is None else machine.input(tensor, name, "permuted")
+
+    sets = []
+    for i, s in enumerate(with_float_tensors(problem, named).sets):
+        plan = make_plan(s.ids, s.count) if call.plan and s.ids is not None else None
+        sets.append(replace(
+            s, ids=integers(s.ids, f"ids{i}"), lengths=integers(s.lengths, f"lengths{i}"),
+            cu_seqlens=integers(s.cu_seqlens, f"cu_seqlens{i}"), bias=others(s.bias, f"bias{i}"), plan=plan,
+        ))  # fmt: skip
+    mask = problem.key_mask
+    return replace(
+        problem, query=named["query"], key=named["key"], value=named["value"], sets=tuple(sets),
+        cu_seqlens_q=integers(problem.cu_seqlens_q, "cu_seqlens_q"),
+        cu_seqlens_k=integers(problem.cu_seqlens_k, "cu_seqlens_k"),
+        query_offset=integers(problem.query_offset, "query_offset"), attn_bias=others(problem.attn_bias, "attn_bias"),
+        sinks=others(problem.sinks, "sinks"), key_mask=None if mask is None else machine.input(mask, "key_mask"),
+        dropout_seed=others(problem.dropout_seed, "seed"),
+    )  # fmt: skip
+
+
+def run(call: Call, order: int | None = None) -> dict[str, Tensor]:
+    """out, lse and every wanted gradient from the kernels, whose programs run in the order of that seed."""
+    machine = Machine(order)
+    plain = problem_of(call)
+    problem = placed(call, plain, machine)
+    grad_out, grad_lse = gradients_of(call, plain)
+    layout = call.grad_out if call.grad_out in ("sliced", "permuted") else "dense"
+    grad_out = machine.input(grad_out, "grad_out", layout)
+    given_lse = machine.input(grad_lse, "grad_lse") if call.grad_lse else None
+    out = machine.uninitialised(plain.query, "out")
+    lse = machine.uninitialised(plain.query[..., 0].contiguous(), "lse", torch.float32)
+    grads = {
+        name: None if name in call.unwanted else machine.uninitialised(t.contiguous(), f"grad.{name}")
+        for name, t in float_tensors(plain).items()
+    }
     of_sets = tuple((grads[f"segment{i}.key"], grads[f"segment{i}.value"]) for i in range(len(problem.sets)))
-    triton.backward(
-        problem, out, lse, grad_out, grad_lse.float(), Grads(grads["query"], grads["key"], grads["value"], of_sets)
-    )
-    for name, memory in memories.items():
-        edges = torch.cat([memory[:MARGIN], memory[memory.numel() - MARGIN :]])
-        if not bool((edges == CANARY).all()):
-            raise AssertionError(f"a kernel wrote outside {name}")
-    return {"out": out, "lse": lse, **{f"grad.{name}": grad for name, grad in grads.items()}}
+    with machine.running():
+        triton.forward(problem, out, lse)
+        triton.backward(
+            problem, out, lse, grad_out, given_lse, Grads(grads["query"], grads["key"], grads["value"], of_sets)
+        )
+    machine.assert_intact()
+    return {"out": out, "lse": lse, **{f"grad.{name}": grad for name, grad in grads.items() if grad is not None}}
 
 
-def check(case: Case) -> None:
-    """Compare one case with the float64 truth, within the budget of `prefix_fast.testing`."""
-    problem = make_problem(case)
-    testing.compare(problem, "triton", run(problem), truth(problem, output_grads(problem)))
+def check(call: Call, order: int | None = 0) -> None:
+    """Compare one call with the float64 truth, within the budget of `prefix_fast.testing`; exact zeros are exact."""
+    results = run(call, order)
+    problem = problem_of(call)
+    grads = gradients_of(call, problem)
+    true = truth(problem, grads)
+    if call.scores == "large":
+        _compare_large(results, true)
+    else:
+        testing.compare(problem, "triton", results, true, grads)
+    for name, visible in visible_parts(problem).items():
+        if f"grad.{name}" in results and bool((results[f"grad.{name}"][~visible] != 0).any()):
+            raise AssertionError(f"grad.{name} is not zero where no query reads {name}")
+    empty = results["lse"] == -torch.inf
+    if bool((results["out"][empty] != 0).any()) or bool((results.get("grad.query", results["out"])[empty] != 0).any()):
+        raise AssertionError("a query that sees no key has an output or a gradient")
+
+
+def _compare_large(results: dict[str, Tensor], true: dict[str, Tensor]) -> None:
+    """A logit of 1e4 is rounded to 1e-3 of a weight's logarithm."""
+    for name, error in testing.errors(results, true).items():
+        finite = true[name][true[name].isfinite()]
+        largest = max(float(finite.abs().max()), 1.0) if finite.numel() else 1.0
+        if not error <= 2e-2 * largest:
+            raise AssertionError(
+                f"with large scores {name} differs by {error:.2e}; its largest number is {largest:.2e}"
+            )
+
+
+def check_order(call: Call) -> None:
+    """Whatever the order of the programs, the results have the same bits."""
+    in_order, shuffled = run(call, None), run(call, call.case.seed + 1)
+    for name, result in in_order.items():
+        if not torch.equal(words(result), words(shuffled[name])):
+            raise AssertionError(f"{name} depends on the order of the programs")
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str]) -> int:
-    """Check the random cases of the seeds [first, last); print the failures by id. Returns their number."""
+    """Check the random calls of a dtype and seeds [first, last); print the failures by id. Returns their number."""
     torch.set_num_threads(1)
+    dtype, first, last = DTYPES[arguments[0]], int(arguments[1]), int(arguments[2])
     failures = 0
-    for seed in range(int(arguments[0]), int(arguments[1])):
-        case = random_case(seed)
+    for seed in range(first, last):
+        call = random_call(seed, dtype)
         try:
-            check(case)
+            check(call, order=seed)
+            if seed % 8 == 0:
+                check_order(call)
         except Exception as error:
             failures += 1
-            print(f"seed {seed}: {case}: {type(error).__name__}: {error}")
+            print(f"seed {seed}: {call}: {type(error).__name__}: {error}")
     print(f"{failures} failures")
     return failures
 

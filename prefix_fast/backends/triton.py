@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefix_fast.backends import triton_backward, triton_forward, triton_vetting
 from prefix_fast.backends.problem import Facts, Grads, Problem
-from prefix_fast.backends.triton_call import Call, make_call
+from prefix_fast.backends.triton_call import Call, make_call, near
 from prefix_fast.backends.triton_config import Tiles, device_of, safe_tiles
 from prefix_fast.backends.triton_vetting import Trial
 
@@ -83,8 +83,9 @@ def backward(
         for target in wanted:
             target.zero_()
         return
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    packed = problem.cu_seqlens_q is not None
+    grad_out = near(grad_out, -3 if packed else -2) if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_lse = None if grad_lse is None else near(grad_lse, -2 if packed else -1)
     with torch.cuda.device_of(problem.query):
         call, tiles = _prepare(problem, trial)
         triton_backward.backward(call, tiles, out, lse, grad_out, grad_lse, grads)

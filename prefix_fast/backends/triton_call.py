@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefix_fast.backends.problem import Problem, make_plan
+from prefix_fast.backends.problem import Problem, SegmentSet, make_plan
 from prefix_fast.backends.triton_config import PRECISIONS, Device, Tile
 from prefix_fast.backends.triton_vetting import Kind
 
@@ -88,6 +89,7 @@ def odd_strides_of(tensor: Tensor | None, packed: bool) -> tuple[int, int, int]:
 
 def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:
     """Describe a problem to the kernels."""
+    problem = _readable(problem)
     packed = problem.cu_seqlens_q is not None
     heads, head_dim = problem.query.shape[1], problem.query.shape[-1]
     max_queries = problem.query.shape[0] if packed else problem.query.shape[2]
@@ -107,6 +109,34 @@ def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:
         problem, device, problem.num_rows, heads, kv_heads, max_queries, max_keys, block_d,
         *_chain(problem, max_queries, max_keys), _positions(problem, max_queries, max_keys), _numbers(problem), flags,
     )  # fmt: skip
+
+
+def near(tensor: Tensor, tokens: int) -> Tensor:
+    """The tensor, or a dense copy where int32 cannot hold the offsets in a tile along the dimension `tokens`."""
+    return tensor.contiguous() if tensor.stride(tokens) >= 2**31 // SCRATCH_TILE else tensor
+
+
+def _readable(problem: Problem) -> Problem:
+    """The same call with tensors as the kernels read them: lists dense, tokens `near` each other."""
+    rows = (problem.query, problem.key, problem.value)
+    lists = (problem.cu_seqlens_q, problem.cu_seqlens_k, problem.sinks)
+    given = [*rows, *lists, *(t for s in problem.sets for t in (s.key, s.value, s.ids, s.lengths, s.cu_seqlens))]
+    if all(t is None or t.is_contiguous() for t in given):
+        return problem
+    query, key, value = (near(t, -2 if problem.cu_seqlens_q is None else -3) for t in rows)
+    cu_seqlens_q, cu_seqlens_k, sinks = (None if t is None else t.contiguous() for t in lists)
+    return replace(
+        problem, query=query, key=key, value=value, sets=tuple(_readable_set(s) for s in problem.sets),
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sinks=sinks,
+    )  # fmt: skip
+
+
+def _readable_set(given: SegmentSet) -> SegmentSet:
+    ids, lengths, cu_seqlens = (
+        None if t is None else t.contiguous() for t in (given.ids, given.lengths, given.cu_seqlens)
+    )
+    key, value = (near(t, -2 if given.cu_seqlens is None else -3) for t in (given.key, given.value))
+    return replace(given, key=key, value=value, ids=ids, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
 def _chain(problem: Problem, max_queries: int, max_keys: int) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]]:
