@@ -190,7 +190,10 @@ def generate(
 
 
 @app.command()
-def doctor(debug: _Debug = False) -> None:
+def doctor(
+    recheck: Annotated[bool, typer.Option("--recheck", help="Check Triton's configurations again.")] = False,
+    debug: _Debug = False,
+) -> None:
     """Show the backends, why each is or is not used, and check each against the oracle on this device."""
     with _one_line_errors(debug):
         from prefix_fast import dispatch
@@ -203,6 +206,7 @@ def doctor(debug: _Debug = False) -> None:
         for info in dispatch.backends():
             table.add_row(info.name, info.device, "yes" if info.available else "no", escape(info.reason))
         console.print(table)
+        refused = _show_configurations(console, recheck)
         with console.status("Checking every available backend against float64"):
             results = check_backends()
         checks = Table("backend", "device", "passed", "not served", "failed", title="Outputs and gradients")
@@ -213,9 +217,33 @@ def doctor(debug: _Debug = False) -> None:
         failures = [(result, failure) for result in results for failure in result.failures]
         for result, failure in failures:
             console.print(f"[red]{result.backend} on {result.device}[/]: {escape(failure)}", soft_wrap=True)
-        if failures:
+        if failures or refused:
             raise typer.Exit(FAILED)
         console.print("[green]Every available backend agrees with the oracle.[/]")
+
+
+def _show_configurations(console: Any, recheck: bool) -> bool:
+    """The self-check of the Triton kernels; whether a kernel was wrong with its safe tile too."""
+    from prefix_fast.doctor import check_configurations, configurations_reason
+
+    if reason := configurations_reason():
+        console.print(f"Self-check of the Triton kernels: {escape(reason)}")
+        return False
+    with console.status("") as status:
+        states = check_configurations(
+            recheck, lambda configuration: status.update(f"Checking the Triton kernels: {configuration}")
+        )
+    table = Table("device", "configuration", "queries×keys", "warps", "stages", "", title="Tiles of the Triton kernels")
+    for state in states:
+        tile = ("–", "–", "–")
+        if state.tile is not None:
+            tile = (f"{state.tile.queries}×{state.tile.keys}", str(state.tile.warps), str(state.tile.stages))
+        table.add_row(state.device, state.configuration, *tile, escape(state.state))
+    console.print(table)
+    for state in states:
+        if state.failure is not None:
+            console.print(f"{state.configuration} on {state.device}: {escape(state.failure)}", soft_wrap=True)
+    return any(state.failure is not None and state.tile is None for state in states)
 
 
 @app.command()

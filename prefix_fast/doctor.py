@@ -1,17 +1,22 @@
-"""What runs here: every available backend is checked against the float64 oracle on this machine's devices."""
+"""What runs here: every available backend is checked against the float64 oracle on this machine's devices.
+
+On a GPU each configuration of the Triton kernels is checked before, so that the backend then runs as users will see it.
+"""
 
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from prefix_fast import dispatch, testing
-from prefix_fast.backends import native
+from prefix_fast import dispatch, selfcheck, testing
+from prefix_fast.backends import native, triton, triton_vetting
+from prefix_fast.backends.triton_config import Tile
+from prefix_fast.backends.triton_vetting import Configuration, Verdict
 from prefix_fast.testing import Case
 
 CASES = (
@@ -33,6 +38,53 @@ class CheckResult(NamedTuple):
     passed: int
     unsupported: int
     failures: tuple[str, ...]
+
+
+class ConfigurationState(NamedTuple):
+    """One configuration of the Triton kernels on one device: the tile that calls use, and what is known of it."""
+
+    device: str
+    configuration: str
+    tile: Tile | None  # None: the kernel is refused
+    state: str
+    failure: str | None  # of the table's tile
+
+
+def configurations_reason() -> str | None:
+    """Why no configuration of the Triton kernels is checked here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device here"
+    return triton.availability()
+
+
+def check_configurations(
+    recheck: bool = False, progress: Callable[[Configuration], None] | None = None
+) -> list[ConfigurationState]:
+    """Check every configuration on each device; those with a verdict on record again only if asked to."""
+    wanted = selfcheck.configurations(selfcheck.all_kinds())
+    states = []
+    checked: set[triton_vetting.Environment] = set()
+    for index in range(torch.cuda.device_count()):
+        name = f"cuda:{index}"
+        if reasons := triton_vetting.device_refusals(index):
+            states.append(ConfigurationState(name, "all", None, f"refused: {reasons[0]}", None))
+            continue
+        environment = triton_vetting.environment_of(index)
+        found = selfcheck.run(name, wanted, renew=recheck and environment not in checked, progress=progress)
+        checked.add(environment)  # cards of one kind share their verdicts
+        states += [_state(name, index, configuration, found.get(configuration)) for configuration in wanted]
+    return states
+
+
+def _state(device: str, index: int, configuration: Configuration, verdict: Verdict | None) -> ConfigurationState:
+    table, safe = triton_vetting.candidates(index, configuration)
+    if verdict is None:
+        return ConfigurationState(device, str(configuration), safe, "unchecked: safe tile used", None)
+    if verdict.failure is None:
+        return ConfigurationState(device, str(configuration), table, "checked", None)
+    if verdict.refused:
+        return ConfigurationState(device, str(configuration), None, "failed with every tile: refused", verdict.failure)
+    return ConfigurationState(device, str(configuration), safe, "failed: safe tile used", verdict.failure)
 
 
 def check_backends() -> list[CheckResult]:

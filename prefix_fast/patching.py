@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prefix_fast import dispatch
+from prefix_fast import dispatch, selfcheck
 from prefix_fast.geometry import model_geometry
 from prefix_fast.models import admission, hosts, hub
 from prefix_fast.models.loss import loss_plan
@@ -26,7 +26,8 @@ def patch(
     """Give a model a prefix: keys and values in every layer that all tokens attend to, outside the key/value cache.
 
     A model that is patched already gets the new prefix instead of the old one. If anything raises, the model is as it
-    was.
+    was. On a GPU the Triton kernels that the model needs are first checked against the oracle, once for each card and
+    driver (see `prefix_fast.selfcheck`); a model that is moved there later is checked by its first call.
 
     Args:
         model: a decoder-only transformers model, or a PeftModel (causal language model) whose active adapter is prefix
@@ -64,6 +65,7 @@ def patch(
     own_class: Any = type(model)
     geometry = model_geometry(model.config)
     module = _prefix_module(prefix, model)
+    selfcheck.vet_model(model, backend, geometry.head_dim, compute_dtype, with_masters=module is not None)
     if was is None:
         positions, plan = admission.admit(model, geometry), loss_plan(own_class)
     else:

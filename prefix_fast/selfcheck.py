@@ -7,9 +7,11 @@ checks what its model needs, `prefix-fast doctor` everything; `backends.triton_v
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +19,14 @@ from torch import Tensor
 from prefix_fast import dispatch, testing
 from prefix_fast.backends import triton, triton_vetting
 from prefix_fast.backends.problem import Facts, Grads, Problem
+from prefix_fast.backends.triton import NAME
 from prefix_fast.backends.triton_config import PRECISIONS, Tile
 from prefix_fast.backends.triton_vetting import Configuration, Kind, Trial, Verdict
 from prefix_fast.testing import Case
 
 BLOCKS = (16, 32, 64, 128, 256)  # padded head dims
 HALVES = (torch.bfloat16, torch.float16)
+_vetted: set[tuple[Any, ...]] = set()  # what this process has looked into for a model
 
 
 def all_kinds() -> list[Kind]:
@@ -74,24 +78,45 @@ def run(
     return verdicts
 
 
-def vet_model(devices: Iterable[torch.device], backend: str, head_dim: int, dtypes: Iterable[torch.dtype]) -> None:
-    """Check what a model on these devices needs, where Triton is what `backend` runs and no verdict exists.
+def vet(device: torch.device, backend: str, head_dim: int, dtype: torch.dtype, prefix_dtype: torch.dtype) -> None:
+    """Check what a model's calls on this device need, where Triton serves them; what has a verdict costs a look.
 
-    Does nothing for other devices, and while a call is being traced or captured.
+    Under autocast all inputs of a call have its dtype. While a call is being traced or captured nothing happens.
     """
-    for device in sorted(set(devices), key=str):
-        if device.type != "cuda" or busy(device):
-            continue
-        for dtype in dtypes:
-            for use in ((), ("mixed_prefix",)) if dtype in HALVES else ((),):
-                if _chosen(backend, Facts(device.type, dtype, head_dim, use, _index_of(device) or 0)) == "triton":
-                    run(device, configurations([triton_vetting.kind_of(head_dim, dtype, bool(use))]))
+    if device.type != "cuda":
+        return
+    if torch.is_autocast_enabled(device.type):
+        dtype = prefix_dtype = torch.get_autocast_dtype(device.type)
+    key = (device, backend, head_dim, dtype, prefix_dtype, torch.get_float32_matmul_precision())
+    if key in _vetted or busy(device):
+        return
+    _vetted.add(key)
+    index = _index_of(device)
+    mixed = dtype in HALVES and prefix_dtype == torch.float32
+    if _chosen(backend, Facts(device.type, dtype, head_dim, ("mixed_prefix",) if mixed else (), index or 0)) != NAME:
+        return
+    kind = triton_vetting.kind_of(head_dim, dtype, mixed)
+    unchecked = [wanted for wanted in configurations([kind]) if triton_vetting.verdict_of(index, wanted) is None]
+    if unchecked:
+        card = triton_vetting.environment_of(index).card
+        logging.getLogger(__name__).warning("Checking the Triton kernels for %s on %s, once for this card", kind, card)
+        run(device, unchecked)
+
+
+def vet_model(
+    model: torch.nn.Module, backend: str, head_dim: int, compute_dtype: torch.dtype | None, with_masters: bool
+) -> None:
+    """`vet` for every device that holds a part of the model; `with_masters`: its prefix is float32 in any case."""
+    dtype = compute_dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    prefix_dtype = torch.float32 if with_masters and compute_dtype is None else dtype
+    for device in sorted({parameter.device for parameter in model.parameters()}, key=str):
+        vet(device, backend, head_dim, dtype, prefix_dtype)
 
 
 def busy(device: torch.device) -> bool:
-    """Whether a check must not run now, because a call is being traced or a CUDA graph is being captured."""
+    """Whether a check must not run now: a call is being traced or captured, or its operations go elsewhere."""
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or captured
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or captured
 
 
 def _index_of(device: torch.device) -> int | None:
@@ -109,34 +134,44 @@ def _chosen(backend: str, facts: Facts) -> str | None:
 
 def _check(device: torch.device, index: int | None, configuration: Configuration) -> Verdict | None:
     """Check the table's tile and, where it fails, the safe one; None: memory ran out."""
-    table, safe = triton_vetting.candidates(index, configuration)
+    tiles = triton_vetting.candidates(index, configuration)
+    failures: list[str | None] = []
+    fault = None
     try:
-        failure = _failure(device, configuration, table)
-        safe_failure = None if failure is None or safe == table else _failure(device, configuration, safe)
+        for tile in dict.fromkeys(tiles):
+            failures.append(_failure(device, configuration, tile))
+            if failures[-1] is None or (fault := _fault(device)) is not None:
+                break
     except torch.OutOfMemoryError:
         return None
-    verdict = triton_vetting.record(index, configuration, failure, safe_failure)
-    if failure is not None and index is not None:
-        try:
-            torch.cuda.synchronize(index)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"selfcheck.run: expected the kernel {configuration} to leave the device usable, got {error}; the "
-                "failure is recorded: start this process again, and a safe tile takes its place"
-            ) from error
+    verdict = triton_vetting.record(index, configuration, failures[0], failures[1] if len(failures) > 1 else None)
+    if fault is not None:
+        raise RuntimeError(
+            f"selfcheck.run: expected the kernel {configuration} to leave the device usable, got {fault}; that is "
+            "recorded: start this process again, which will not run it"
+        ) from fault
     return verdict
+
+
+def _fault(device: torch.device) -> RuntimeError | None:
+    """What makes every further call on the device fail, after an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def _failure(device: torch.device, configuration: Configuration, tile: Tile) -> str | None:
     """Why the tile is wrong, or None."""
     kernel, kind = configuration
     run_kernel, cases = _CHECKED[kernel]
-    with _precision(kind):
+    with _defaults(device, kind):
         for case in cases(tile, kind.block_d):
-            dtypes = {"dtype": kind.dtype, "prefix_dtype": torch.float32 if kind.mixed else None}
-            problem = testing.make_problem(replace(case, **dtypes), device)  # type: ignore[arg-type]
+            problem = make_problem(case, kind, device)
+            true = testing.truth(problem, testing.output_grads(problem))
             try:
-                true = testing.truth(problem, testing.output_grads(problem))
                 results = run_kernel(problem, true, Trial(kernel, tile))
                 testing.compare(problem, f"{configuration} with {tuple(tile)} on {case}", results, true)
             except torch.OutOfMemoryError:
@@ -146,16 +181,37 @@ def _failure(device: torch.device, configuration: Configuration, tile: Tile) -> 
     return None
 
 
+def make_problem(case: Case, kind: Kind, device: torch.device | str) -> Problem:
+    """The call of a case. Where random ids, lengths and masks could leave work out, these leave no segment unread."""
+    prefix_dtype = torch.float32 if kind.mixed else None
+    problem = testing.make_problem(replace(case, dtype=kind.dtype, prefix_dtype=prefix_dtype), device)
+    rows, segments = torch.arange(case.B, device=device), torch.arange(case.N, device=device)
+    if case.key_mask != "none":
+        padding = 11 * (rows + 1)
+        problem = replace(problem, key_mask=torch.arange(case.Tk, device=device) >= padding[:, None])
+    if case.ids != "none":
+        sets = tuple(replace(s, ids=rows % case.N, lengths=case.P - 11 * segments) for s in problem.sets)
+        problem = replace(problem, sets=sets)
+    return problem
+
+
 @contextmanager
-def _precision(kind: Kind) -> Iterator[None]:
-    """Run with the precision of float32 products that the kind has."""
-    before = torch.get_float32_matmul_precision()
-    if kind.dtype == torch.float32:
-        torch.set_float32_matmul_precision(next(name for name, of in PRECISIONS.items() if of == kind.precision))
-    try:
+def _defaults(device: torch.device, kind: Kind) -> Iterator[None]:
+    """PyTorch's defaults, whatever the caller has set, and the precision of the kind; random states stay untouched."""
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+        torch.use_deterministic_algorithms(False)
+        if kind.dtype == torch.float32:
+            torch.set_float32_matmul_precision(next(name for name, of in PRECISIONS.items() if of == kind.precision))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -193,12 +249,12 @@ def _run_backward(
 
 def _cases_by_row(tile: Tile, block_d: int) -> list[Case]:
     """Masks, lengths and a bank; the loops without a mask; packed rows of two sets, a ragged head dim, dropout."""
-    tokens, prefix = 2 * tile.queries + 13, 2 * tile.keys + 9
+    tokens, prefix = 2 * max(tile.queries, tile.keys) + 13, 2 * tile.keys + 9
     return [
-        Case(B=3, H=4, Hkv=2, Tq=tokens, Tk=tokens + 5, N=2, P=prefix, D=block_d, ids="random", lengths="random",
-             key_mask="left", seed=1),
-        Case(B=2, H=2, Hkv=2, Tq=tokens + tile.keys, Tk=tokens + tile.keys, P=prefix + tile.keys, D=block_d),
-        Case(B=3, H=4, Hkv=1, Tq=tokens, Tk=tokens, P=prefix, D=block_d * 3 // 4, packed=True, num_sets=2,
+        Case(B=3, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, P=prefix, D=block_d, ids="random", lengths="random",
+             key_mask="left"),
+        Case(B=1, H=2, Hkv=2, Tq=tokens + tile.keys, Tk=tokens + tile.keys, P=prefix + tile.keys, D=block_d),
+        Case(B=3, H=2, Hkv=1, Tq=tokens, Tk=tokens, P=prefix, D=block_d * 3 // 4, packed=True, num_sets=2,
              dropout_p=0.2),
     ]  # fmt: skip
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from faked_cards import fake_cards, forget
 from typer.testing import CliRunner
 
-from prefix_fast import cli, dispatch, doctor, speed, testing
+from prefix_fast import cli, dispatch, doctor, selfcheck, speed, testing
+from prefix_fast.backends.triton_config import device_of, safe_tiles, tiles_for
+from prefix_fast.backends.triton_vetting import Configuration, Kind
 
 
 @pytest.fixture
@@ -43,6 +46,88 @@ def test_doctor_reports_a_crashing_backend(monkeypatch):
     monkeypatch.setattr(testing, "check", crash)
     for check in doctor.check_backends():
         assert check.passed == 0 and all("illegal instruction set" in failure for failure in check.failures)
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_doctor_says_in_one_line_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "Self-check of the Triton kernels: no CUDA or ROCm device here\n" in result.output
+
+
+KINDS = [Kind(16, torch.bfloat16, "ieee", False), Kind(64, torch.bfloat16, "ieee", False)]
+
+
+@pytest.fixture
+def card(monkeypatch, few_cases, tmp_path):
+    """A faked card on which dkv fails for a head dim of 64; the list of what is checked there."""
+    pytest.importorskip("triton")
+    checked = []
+
+    def check(device, configuration, tile):
+        checked.append((configuration, tile))
+        wrong = configuration == Configuration("dkv", KINDS[1]) and tile != safe_tiles(64).dkv
+        return "AssertionError: grad.key: 3e-01" if wrong else None
+
+    fake_cards(monkeypatch, (9, 0))
+    monkeypatch.setattr(selfcheck, "_failure", check)
+    monkeypatch.setattr(selfcheck, "all_kinds", lambda: KINDS)
+    monkeypatch.setattr(doctor, "_devices", lambda: ["cpu"])
+    monkeypatch.setenv("PREFIX_FAST_CACHE", str(tmp_path))
+    forget()
+    yield checked
+    forget()
+
+
+def lines_of(result, *words):
+    return [line for line in result.output.splitlines() if all(word in line for word in words)]
+
+
+def test_doctor_shows_the_tile_and_the_state_of_each_configuration(card):
+    result = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "140"})
+    assert result.exit_code == 0, result.output
+    table = tiles_for(device_of(0), 64, torch.bfloat16)
+    assert lines_of(result, "forward-D64-bf16", f"{table.forward.queries}×{table.forward.keys}", "checked")
+    assert lines_of(result, "dkv-D64-bf16", "32×32", "failed: safe tile used")
+    assert lines_of(result, "dkv-D64-bf16 on cuda:0: AssertionError: grad.key: 3e-01")
+    assert lines_of(result, "dkv-D16-bf16", "checked")
+
+
+def test_doctor_renews_verdicts_only_when_asked(card):
+    states = doctor.check_configurations()
+    assert len(states) == len(selfcheck.configurations(KINDS)) and len(card) == len(states) + 1  # the safe tile of one
+    card.clear()
+    assert doctor.check_configurations() == states and card == []
+    assert doctor.check_configurations(recheck=True) == states and len(card) == len(states) + 1
+    card.clear()
+    assert CliRunner().invoke(cli.app, ["doctor", "--recheck"]).exit_code == 0
+    assert len(card) == len(states) + 1
+
+
+def test_doctor_fails_where_a_kernel_is_wrong_with_every_tile(card, monkeypatch):
+    monkeypatch.setattr(selfcheck, "_failure", lambda *_: "AssertionError: out: 3e-01")
+    result = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "140"})
+    assert result.exit_code == 1
+    assert lines_of(result, "forward-D64-bf16", "failed with every tile: refused")
+
+
+def test_doctor_leaves_a_configuration_unchecked_where_memory_ran_out(card, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(selfcheck, "_failure", full)
+    states = doctor.check_configurations()
+    assert {state.state for state in states} == {"unchecked: safe tile used"}
+    assert {state.tile for state in states} <= set(safe_tiles(64))
+
+
+def test_doctor_shows_why_an_old_card_is_refused(card, monkeypatch):
+    fake_cards(monkeypatch, (7, 5))
+    result = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert lines_of(result, "cuda:0", "all", "refused: expected compute capability 8.0 or later, got 7.5 (Card 0)")
+    assert card == []
 
 
 def test_doctor_cases_cover_what_users_call():

@@ -1,43 +1,30 @@
 """Which backend `auto` picks on which device, and every reason for which Triton refuses a call; devices are faked."""
 
-import types
-
 import pytest
 import torch
+from faked_cards import fake_cards, forget
 
 from prefix_fast import dispatch
-from prefix_fast.backends import triton, triton_config, triton_vetting
+from prefix_fast.backends import triton, triton_vetting
 from prefix_fast.backends.problem import Facts
 from prefix_fast.backends.triton_vetting import Configuration
 
 pytest.importorskip("triton")
 HALF = Facts("cuda", torch.bfloat16, 80, ("window", "softcap", "dropout", "packed"))
-CACHED = (triton_vetting.device_refusals, triton_vetting.environment_of, triton_config.device_of)
 
 
 @pytest.fixture(autouse=True)
 def _own_verdicts(monkeypatch, tmp_path):
     monkeypatch.setenv("PREFIX_FAST_CACHE", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for memory in (triton_vetting._verdicts, triton_vetting._tiles, triton_vetting._refusals, triton_vetting._warned):
-        memory.clear()
-    for function in CACHED:
-        function.cache_clear()
+    forget()
     yield
-    for function in CACHED:
-        function.cache_clear()
+    forget()
 
 
 @pytest.fixture
 def cards(monkeypatch):
-    """Fake cards: the first of compute capability 9.0, the second of 7.5."""
-
-    def properties(index):
-        major, minor = ((9, 0), (7, 5))[index]
-        return types.SimpleNamespace(name=f"Card {index}", major=major, minor=minor, multi_processor_count=8)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    return fake_cards(monkeypatch, (9, 0), (7, 5))
 
 
 def refusal(facts):

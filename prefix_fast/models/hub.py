@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast import selfcheck
 from prefix_fast.functional import Segment, segment_attention
 from prefix_fast.models.masks import OwnMask, Visible, make_own_mask
 
@@ -76,6 +77,9 @@ class PrefixContext:
         visible = self._visible(query, mask)
         index = module.layer_idx
         segments = [Segment(self.keys[index], self.values[index], in_window=self.in_window)] if self.keys else []
+        if not torch.compiler.is_compiling():  # the model may have come to its device after patch
+            prefix_dtype = self.keys[index].dtype if self.keys else query.dtype
+            selfcheck.vet(query.device, self.backend, query.shape[-1], query.dtype, prefix_dtype)
         out = segment_attention(
             query,
             key,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast import selfcheck
 from prefix_fast.geometry import Geometry, check_same_geometry, model_geometry, split_flat
 from prefix_fast.models import admission, hosts, hub
 from prefix_fast.models.loss import loss_plan
@@ -119,6 +120,7 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
         raise ValueError("patch: expected a PeftModel around an unpatched model, got a patched one; unpatch that first")
     geometry = model_geometry(base.config)
     check_same_geometry(_geometry_of(config), geometry, "patch")
+    selfcheck.vet_model(base, backend, geometry.head_dim, compute_dtype, with_masters=False)
     positions = admission.admit(base, geometry)
     plan = loss_plan(base_class)
     state = hosts.HostState.of(base, backend, fused_loss, compute_dtype, positions=positions, plan=plan)
