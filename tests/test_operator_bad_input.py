@@ -130,7 +130,7 @@ BAD_CALLS = {
     "backend-unknown": (
         {"backend": "flash"},
         ValueError,
-        "expected backend to be one of auto, cpu, reference, triton, cuda.*got 'flash'",
+        "expected backend to be one of auto, triton, cpu, reference, cuda.*got 'flash'",
     ),
     "backend-later": ({"backend": "cuda"}, NotImplementedError, "this release has no cuda backend"),
     "cpu-softcap": ({"backend": "cpu", "softcap": 2.0}, NotImplementedError, "cpu: .*softcap"),

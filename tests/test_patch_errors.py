@@ -159,7 +159,7 @@ def test_model_that_cannot_be_patched(make, error, message):
         ({"prefix": True}, TypeError, "expected prefix to be None, an int, .* got bool"),
         ({"prefix": 3.5}, TypeError, "got float"),
         ({"prefix": -1}, ValueError, "prefix >= 0 virtual tokens, got -1"),
-        ({"backend": "tpu"}, ValueError, "backend to be one of auto, cpu, reference, triton, .* got 'tpu'"),
+        ({"backend": "tpu"}, ValueError, "backend to be one of auto, triton, cpu, reference, .* got 'tpu'"),
         ({"backend": "cuda"}, NotImplementedError, "backend that can run here, got 'cuda': this release has no cuda"),
         ({"compute_dtype": torch.float64}, TypeError, "bfloat16 or torch.float16, got torch.float64"),
         ({"compute_dtype": "bf16"}, TypeError, "got bf16"),
