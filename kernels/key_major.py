@@ -8,26 +8,26 @@ been miscompiled on Hopper (triton issue 6124; flash-linear-attention 640).
 
 import triton
 import triton.language as tl
-from prefix_fast.kernels.primitives import dot, exponential, kept_columns, logits_of
+from prefix_fast.kernels.primitives import exponential, kept_columns, logits_of
 
 
 @triton.jit
 def weights_of_tile(
-    k, q, level, keys, queries, present, first_key, count, bias, bias_strides, offset, begin, window, scale, softcap,
+    product, level, keys, queries, present, first_key, count, bias, bias_strides, offset, begin, window, scale, softcap,
     dropout,
     SET: tl.constexpr, EDGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """(weights, weights after dropout, kept, slope), each [keys, queries], from k [keys, D] and q [D, queries].
+    """(weights, weights after dropout, kept, slope), each [keys, queries], from k·qᵀ.
 
     Keys that are not present have weights too, which the caller must not use; queries past the last have lse = +inf.
     """
-    logits, slope = logits_of(dot(k, q, PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
+    logits, unit, slope = logits_of(product, scale, softcap, SOFTCAP, NATURAL)
     if bias is not None:
         pointers = bias + queries.to(tl.int64)[None, :] * bias_strides[0] + keys.to(tl.int64)[:, None] * bias_strides[1]
         mask = (queries < count)[None, :] & present[:, None]
         logits += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    weights = exponential(logits - level[None, :], NATURAL)
+    weights = exponential(logits, unit, level[None, :], NATURAL)
     if EDGES and (CAUSAL or WINDOW):
         seen = tl.full((keys.shape[0], queries.shape[0]), True, tl.int1)
         if CAUSAL:
@@ -45,11 +45,9 @@ def weights_of_tile(
 
 @triton.jit
 def score_gradients(
-    weights, kept, slope, v, do, delta, dropout,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    weights, kept, slope, dp, delta, dropout, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr
 ):  # fmt: skip
-    """dsᵀ [keys, queries] from v [keys, D] and do [queries, D]; scaled where it is multiplied by q or k."""
-    dp = dot(v, tl.trans(do), PRECISION, UPCAST)
+    """dsᵀ [keys, queries] from v·doᵀ; scaled where it is multiplied by q or k."""
     if DROPOUT:
         dp = tl.where(kept, dp * dropout[3], 0.0)
     ds = weights * (dp - delta[None, :])

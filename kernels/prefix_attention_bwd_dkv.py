@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from prefix_fast.kernels.key_major import readers_of, score_gradients, store_gradient, weights_of_tile
 from prefix_fast.kernels.primitives import (
+    dot,
     dot_add,
     even,
-    load_columns,
     load_rows,
     offset_of,
     packed_tile,
@@ -62,19 +62,22 @@ def _gather(
         first = tl.cast(start, tl.int64)
         tokens = tl.minimum(tile, count - 1 - start)
         queries = start + tile
-        q = load_columns(query + first * query_stride, query_stride, tokens, dims, tokens, False, D, BLOCK_D)
+        q = load_rows(query + first * query_stride, query_stride, tokens, dims, tokens, False, D, BLOCK_D)
         do = load_rows(grad_out + first * grad_stride, grad_stride, tokens, dims, tokens, False, D, BLOCK_D)
         level = tl.load(levels + start + tile)
+        product = dot(k, tl.trans(q), PRECISION, UPCAST)
         weights, kept_weights, kept, slope = weights_of_tile(
-            k, q, level, keys, queries, present, first_key, count, bias, bias_strides, offset, begin, window, scale,
-            softcap, dropout, SET, EDGES, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, PRECISION, UPCAST,
+            product, level, keys, queries, present, first_key, count, bias, bias_strides, offset, begin, window, scale,
+            softcap, dropout, SET, EDGES, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT,
         )  # fmt: skip
+        if WANT_K:
+            dp = dot(v, tl.trans(do), PRECISION, UPCAST)
         if WANT_V:
             dv = dot_add(kept_weights.to(do.dtype), do, dv, PRECISION, UPCAST)
         if WANT_K:
             delta = tl.load(deltas + start + tile)
-            ds = score_gradients(weights, kept, slope, v, do, delta, dropout, SOFTCAP, DROPOUT, PRECISION, UPCAST)
-            dk = dot_add(ds.to(q.dtype), tl.trans(q), dk, PRECISION, UPCAST)
+            ds = score_gradients(weights, kept, slope, dp, delta, dropout, SOFTCAP, DROPOUT)
+            dk = dot_add(ds.to(q.dtype), q, dk, PRECISION, UPCAST)
     return dk, dv
 
 
@@ -134,7 +137,8 @@ def dkv_kernel(
 
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for pair in range(split * share, tl.minimum(split * share + share, pairs)):
+    # Addresses of the loops within, hoisted out of this one, would take the registers of the sums.
+    for pair in tl.range(split * share, tl.minimum(split * share + share, pairs), disable_licm=True):
         row = first_reader + pair // GROUP
         if not OWN and order is not None:
             row = tl.load(order + row).to(tl.int32)

@@ -17,7 +17,6 @@ from prefix_fast.kernels.primitives import (
     even,
     exponential,
     kept_rows,
-    load_columns,
     load_rows,
     logits_of,
     offset_of,
@@ -74,20 +73,21 @@ def _descend(
         keys = start + tile
         first = tl.cast(start, tl.int64)
         present = present_keys(keys, valid, key_mask, mask_stride)
-        k = load_columns(key + first * strides[2], strides[2], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
-        v = load_columns(value + first * strides[5], strides[5], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
-        logits, slope = logits_of(dot(q, k, PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
+        k = load_rows(key + first * strides[2], strides[2], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
+        v = load_rows(value + first * strides[5], strides[5], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
+        product = dot(q, tl.trans(k), PRECISION, UPCAST)
+        logits, unit, slope = logits_of(product, scale, softcap, SOFTCAP, NATURAL)
         logits = add_bias(logits, bias, strides[8], strides[9], queries, keys, valid_queries, present, NATURAL)
-        logits = hide(logits, keys, positions, present, begin, window, EDGES, MASKED, CAUSAL, WINDOW)
-        weights = exponential(logits - level[:, None], NATURAL)
-        dp = dot(do, v, PRECISION, UPCAST)
+        weights = exponential(logits, unit, level[:, None], NATURAL)
+        weights = hide(weights, 0.0, keys, positions, present, begin, window, EDGES, MASKED, CAUSAL, WINDOW)
+        dp = dot(do, tl.trans(v), PRECISION, UPCAST)
         if DROPOUT:
             kept = kept_rows(dropout[0], queries, start, dropout[1], SET, dropout[2], BLOCK_K)
             dp = tl.where(kept, dp * dropout[3], 0.0)
         ds = weights * (dp - delta[:, None])
         if SOFTCAP:
             ds = ds * slope
-        dq = dot_add(ds.to(q.dtype), tl.trans(k), dq, PRECISION, UPCAST)
+        dq = dot_add(ds.to(q.dtype), k, dq, PRECISION, UPCAST)
     return dq
 
 

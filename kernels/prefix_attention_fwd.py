@@ -18,11 +18,11 @@ from prefix_fast.kernels.primitives import (
     dot_add,
     even,
     kept_rows,
-    load_columns,
     load_rows,
     logits_of,
     offset_of,
     online_softmax_update,
+    with_positive_scale,
 )
 from prefix_fast.kernels.row_major import (
     add_bias,
@@ -50,11 +50,11 @@ def _attend(
         keys = start + tile
         first = tl.cast(start, tl.int64)
         present = present_keys(keys, valid, key_mask, mask_stride)
-        k = load_columns(key + first * strides[2], strides[2], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
-        logits, _ = logits_of(dot(q, k, PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
+        k = load_rows(key + first * strides[2], strides[2], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
+        logits, unit, _ = logits_of(dot(q, tl.trans(k), PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
         logits = add_bias(logits, bias, strides[8], strides[9], queries, keys, valid_queries, present, NATURAL)
-        logits = hide(logits, keys, positions, present, begin, window, EDGES, MASKED, CAUSAL, WINDOW)
-        weights, maximum, total, factor = online_softmax_update(logits, maximum, total, NATURAL)
+        logits = hide(logits, -INFINITY, keys, positions, present, begin, window, EDGES, MASKED, CAUSAL, WINDOW)
+        weights, maximum, total, factor = online_softmax_update(logits, unit, maximum, total, NATURAL)
         if DROPOUT:
             kept = kept_rows(dropout[0], queries, start, dropout[1], SET, dropout[2], BLOCK_K)
             weights = tl.where(kept, weights, 0.0)
@@ -120,6 +120,7 @@ def forward_kernel(
     base = row.to(tl.int64) * query_strides[0] + head.to(tl.int64) * query_strides[1]
     base += (first_token + first_query) * query_strides[2]
     q = load_rows(query + base, query_strides[2], tl.arange(0, BLOCK_Q), dims, valid_queries, True, D, BLOCK_D)
+    q, scale = with_positive_scale(q, scale)
     dropout = (0, 0, 0)
     if DROPOUT:
         dropout = (tl.load(seed), row * tl.num_programs(1) + head, threshold)

@@ -135,19 +135,6 @@ def load_rows(base, stride, tokens, dims, valid, MASKED: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def load_columns(base, stride, tokens, dims, valid, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[dims, tokens] of one head, as `load_rows`."""
-    pointers = base + dims[:, None] + tokens[None, :] * stride
-    if MASKED and D != BLOCK_D:
-        return tl.load(pointers, mask=valid[None, :] & (dims < D)[:, None], other=0.0)
-    if MASKED:
-        return tl.load(pointers, mask=valid[None, :], other=0.0)
-    if D != BLOCK_D:
-        return tl.load(pointers, mask=(dims < D)[:, None], other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
 def tanh(x):
     """To a few units in the last place, near zero too (Cephes tanhf)."""
     z = x * x
@@ -162,36 +149,51 @@ def tanh(x):
 
 @triton.jit
 def logits_of(product, scale, softcap, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr):
-    """Logits from q · k, and their derivative after the scale (1 without softcap).
+    """Logits from q · k, their unit, and their derivative after the scale (1 without softcap).
 
-    Natural logits where some key has a bias (its largest numbers times log2 e would overflow), base-2 otherwise.
+    Logits times unit are natural where some key has a bias (its largest numbers times log2 e would overflow) and base-2
+    otherwise. Plain ones are the products themselves: `exponential` scales them in the FMA that it needs anyway.
     """
     slope = 1.0
+    unit = 1.0
     if SOFTCAP:
         bounded = tanh(product * (scale / softcap))
         slope = 1 - bounded * bounded
         logits = softcap * bounded if NATURAL else (softcap * LOG2E) * bounded
+    elif NATURAL:
+        logits = product * scale
     else:
-        logits = product * scale if NATURAL else product * (scale * LOG2E)
-    return logits, slope
+        logits = product
+        unit = scale * LOG2E
+    return logits, unit, slope
 
 
 @triton.jit
-def exponential(difference, NATURAL: tl.constexpr):
-    """e^x of a difference of natural logits, 2^x of one of base-2 logits."""
-    return tl.exp2(difference * LOG2E) if NATURAL else tl.exp2(difference)
+def with_positive_scale(q, scale):
+    """(q, scale) with the same logits and scale > 0, so that the largest product is the largest logit."""
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    return (q.to(tl.float32) * sign).to(q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale))
 
 
 @triton.jit
-def online_softmax_update(logits, maximum, total, NATURAL: tl.constexpr):
+def exponential(logits, unit, reference, NATURAL: tl.constexpr):
+    """e^(logits - reference) of natural logits, 2^(logits · unit - reference) of base-2 ones."""
+    if NATURAL:
+        return tl.exp2((logits - reference) * LOG2E)
+    return tl.exp2(tl.fma(logits, unit, -reference))
+
+
+@triton.jit
+def online_softmax_update(logits, unit, maximum, total, NATURAL: tl.constexpr):
     """Weights of a new tile of logits relative to the new maximum, the new state, and the factor of the old one.
 
-    A row that has seen no key keeps the maximum -inf and takes its exponents relative to 0: -inf minus -inf is NaN.
+    unit > 0; the maximum is that of logits · unit. A row that has seen no key keeps the maximum -inf and takes its
+    exponents relative to 0: -inf minus -inf is NaN.
     """
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1) * unit)
     reference = tl.where(new_maximum == -INFINITY, 0.0, new_maximum)
-    weights = exponential(logits - reference[:, None], NATURAL)
-    factor = exponential(maximum - reference, NATURAL)
+    weights = exponential(logits, unit, reference[:, None], NATURAL)
+    factor = exponential(maximum, 1.0, reference, NATURAL)
     return weights, new_maximum, total * factor + tl.sum(weights, 1), factor
 
 
@@ -204,8 +206,8 @@ def add_sink(maximum, total, sink, NATURAL: tl.constexpr):
     logit = sink if NATURAL else sink * LOG2E
     empty = total == 0
     new_maximum = tl.where(empty, maximum, tl.maximum(maximum, logit))
-    factor = tl.where(empty, 1.0, exponential(maximum - new_maximum, NATURAL))
-    total = tl.where(empty, 0.0, total * factor + exponential(logit - new_maximum, NATURAL))
+    factor = tl.where(empty, 1.0, exponential(maximum, 1.0, new_maximum, NATURAL))
+    total = tl.where(empty, 0.0, total * factor + exponential(logit, 1.0, new_maximum, NATURAL))
     return new_maximum, total, factor
 
 

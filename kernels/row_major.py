@@ -101,18 +101,18 @@ def present_keys(keys, valid, key_mask, mask_stride):
 
 @triton.jit
 def hide(
-    logits, keys, positions, present, begin, window, EDGES: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+    scores, hidden, keys, positions, present, begin, window, EDGES: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """-inf where the query at `positions` does not see the key. EDGES: the tile crosses a bound of `key_bounds`."""
+    """`hidden` where the query at `positions` does not see the key. EDGES: the tile crosses one of `key_bounds`."""
     if MASKED:
         seen = present[None, :]
         if EDGES and CAUSAL:
             seen = seen & (keys[None, :] <= positions[:, None])
         if EDGES and WINDOW:
             seen = seen & (keys[None, :] + begin > positions[:, None] - window)
-        logits = tl.where(seen, logits, float("-inf"))
-    return logits
+        scores = tl.where(seen, scores, hidden)
+    return scores
 
 
 @triton.jit
