@@ -19,9 +19,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton
 from figures import Row, faults_of, programs_together, row_of, works_of
-from launches import TARGETS, Launch, Shape, launches_of, problem_of
+from launches import Launch, Shape, launches_of, problem_of
 from machine_code import matrix_loops, natural_loops, parse_amd, parse_sass
-from registry import CALLS, ENTRIES, Call
+from registry import CONFIGURATIONS, ENTRIES, Call, call_named
 from sources import words_of
 from table import fingerprints, load
 
@@ -39,10 +39,6 @@ SAMPLE = [
 same_release = pytest.mark.skipif(
     triton.__version__ != RELEASE, reason=f"the table is of Triton {RELEASE}; another compiles to other code"
 )
-
-
-def call_named(name: str) -> Call:
-    return next(call for call in CALLS if str(call) == name)
 
 
 @same_release
@@ -64,8 +60,7 @@ def test_sampled_kernel_compiles_to_its_row(key: tuple[str, str, str]) -> None:
 
 @same_release
 @pytest.mark.slow
-@pytest.mark.parametrize("call", CALLS, ids=str)
-@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize(("architecture", "call"), CONFIGURATIONS, ids=str)
 def test_every_kernel_compiles_to_its_row(architecture: str, call: Call) -> None:
     for work in works_of(call, architecture):
         assert row_of(work) == TABLE[work.name]

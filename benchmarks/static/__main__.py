@@ -12,7 +12,7 @@ import time
 import torch
 from figures import faults_of, row_of, works_of
 from launches import TARGETS
-from registry import CALLS, ENTRIES, HEADS, call_of
+from registry import CONFIGURATIONS, ENTRIES, HEADS, call_of
 from table import MARKDOWN, line_of, regenerate
 
 from prefix_fast.backends.triton_config import Tile
@@ -50,7 +50,7 @@ def _table(targets: tuple[str, ...]) -> None:
         count, compiled, faulty = count + 1, compiled + fresh, faulty + bool(faults_of(row))
         if fresh:
             print(f"{time.perf_counter() - begin:5.0f} s  {row.architecture:7}", line_of(row), flush=True)
-    print(f"{count} kernels of {len(CALLS)} calls, {compiled} compiled now, {faulty} with faults: {MARKDOWN}")
+    print(f"{count} kernels of {len(CONFIGURATIONS)} calls, {compiled} compiled now, {faulty} with faults: {MARKDOWN}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from launches import Launch, launches_of, plain_launch, problem_of
 from machine_code import Code, Loop, analyse
-from registry import COUNTERPARTS, PLAIN_LOOPS, UNMASKED, Call, Entry, entry_of
+from registry import COUNTERPARTS, PLAIN_LOOPS, UNMASKED, Call, Entry, call_named, entry_of
 
 from prefix_fast.backends.triton_config import Device, Tile, Tiles, every_kernel, safe_tiles
 from prefix_fast.backends.triton_vetting import Kind
@@ -89,7 +90,7 @@ def works_of(call: Call, architecture: str, chosen: str | None = None, tile: Til
     """The kernels of a call; `chosen` limits them to one entry, `tile` replaces the table's configuration."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(call.precision)
-    problem = problem_of(call.shape)
+    problem = problem_of(call.shape, **call.options)
     launches = launches_of(problem, architecture, _choice(call, tile))
     torch.set_float32_matmul_precision(before)
     found: dict[str, Work] = {}
@@ -97,7 +98,7 @@ def works_of(call: Call, architecture: str, chosen: str | None = None, tile: Til
         entry = entry_of(launch)
         if chosen in (None, entry.name) and entry.name not in found:
             plain = None
-            if entry.plain is not None:
+            if entry.plain is not None and call.compared:
                 precision = launch.constant("PRECISION")
                 plain = plain_launch(entry.plain, problem, architecture, launch.tile, precision)
             found[entry.name] = Work(architecture, call, entry, launch, plain)
@@ -124,7 +125,7 @@ def row_of(work: Work) -> Row:
 
 
 def _loops(work: Work, code: Code) -> dict[str, tuple[int, int, float | None]]:
-    names = work.entry.loops
+    names = work.entry.loops(work.launch)
     if len(names) != len(code.loops):  # the compiler has split, merged or unrolled some
         names = tuple(f"loop {number}" for number in range(len(code.loops)))
     plain = {} if work.plain is None else _plain_loops(work.plain)
@@ -167,6 +168,9 @@ def faults_of(row: Row) -> list[str]:
     """What is wrong with a compiled kernel, in a few words each."""
     queries, keys, warps, _ = row.tile
     limits, faults = LIMITS[row.architecture], []
+    call = call_named(row.call)
+    if call.option:
+        return faults
     if row.spills_in_loops:
         faults.append(f"{row.spills_in_loops} spills in loops")
     if row.stack > LARGEST_STACK:
@@ -179,16 +183,24 @@ def faults_of(row: Row) -> list[str]:
         faults.append(f"{row.registers} registers")
     if row.occupancy * warps < limits.least_warps:
         faults.append(f"{row.occupancy * warps} resident warps < {limits.least_warps}")
-    if not row.matrix and not row.call.endswith("ieee"):
+    if not row.matrix and not call.without_matrix_cores:
         faults.append("no matrix instructions")
     if any(name.startswith("loop") for name in row.loops):
         faults.append(f"{len(row.loops)} loops")
     for name, (_, _, ratio) in row.loops.items():
-        if name in UNMASKED and ratio is None:
+        if name in UNMASKED and ratio is None and call.compared:
             faults.append(f"{name} has no counterpart")
-        elif name in UNMASKED and ratio > largest_ratio(row):
+        elif name in UNMASKED and call.compared and ratio > largest_ratio(row):
             faults.append(f"{name} {ratio:.3f} × plain")
+        if cost_of(row, name) > cost_of(row, UNMASKED.get(name, "")):
+            faults.append(f"{name} costs more than with its mask")
     return faults
+
+
+def cost_of(row: Row, loop: str) -> float:
+    """Instructions per matrix instruction; of a loop that is not there, infinity."""
+    instructions, matrix, _ = row.loops.get(loop, (math.inf, 1, None))
+    return instructions / matrix
 
 
 def largest_ratio(row: Row) -> float:

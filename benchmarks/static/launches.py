@@ -58,6 +58,10 @@ class Launch:
         names = self.function.arg_names
         return self.constants.get((names.index(name),)) if name in names else None
 
+    def has(self, name: str) -> bool:
+        """Whether an argument is there, that is not None, at run time."""
+        return self.signature.get(name, "constexpr") != "constexpr"
+
     @property
     def source(self) -> ASTSource:
         """What Triton compiles."""

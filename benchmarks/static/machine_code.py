@@ -63,9 +63,9 @@ class Code:
 def analyse(kernel: CompiledKernel) -> Code:
     """The figures of a compiled kernel."""
     if "cubin" in kernel.asm:
-        usage, listing = _cuobjdump(kernel.asm["cubin"])
+        listing = _disassembled(kernel.asm["cubin"])
         program = parse_sass(listing)
-        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        registers, stack = (int(re.search(rf"\b{name}:(\d+)", listing)[1]) for name in ("REG", "STACK"))
     else:
         listing = kernel.asm["amdgcn"]
         program = parse_amd(listing)
@@ -79,16 +79,12 @@ def analyse(kernel: CompiledKernel) -> Code:
     )  # fmt: skip
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return tuple(
-            subprocess.run(
-                [knobs.nvidia.cuobjdump.path, option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def parse_sass(listing: str) -> list[Instruction]:

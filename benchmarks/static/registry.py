@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from launches import Launch, Shape
+from launches import TARGETS, Launch, Shape
+from torch import Tensor
+
+
+def _no_loops(launch: Launch) -> tuple[str, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Entry:
 
     name: str
     function: str
-    loops: tuple[str, ...] = ()
+    loops: Callable[[Launch], tuple[str, ...]] = _no_loops
     plain: str | None = None
     chosen: Callable[[Launch], bool] = lambda launch: True
 
@@ -27,12 +33,21 @@ def _of_prefix(launch: Launch) -> bool:
     return launch.constant("SET") < launch.constant("SETS")
 
 
-ROW_MAJOR = ("prefix", "prefix tail", "own", "own diagonal")
+def _row_major(launch: Launch) -> tuple[str, ...]:
+    window = ("own window",) if launch.constant("WINDOW") else ()
+    middle = "own masked" if launch.has("key_mask") else "own"
+    return ("prefix", "prefix tail", *window, middle, "own diagonal")
+
+
+def _dkv_own(launch: Launch) -> tuple[str, ...]:
+    return ("own diagonal", "own", *(("own window",) if launch.constant("WINDOW") else ()))
+
+
 ENTRIES = (
-    Entry("forward", "forward_kernel", ROW_MAJOR, "forward_kernel"),
-    Entry("dq", "dq_kernel", ROW_MAJOR, "dq_kernel"),
-    Entry("dkv prefix", "dkv_kernel", ("prefix",), "dkv_kernel", _of_prefix),
-    Entry("dkv own", "dkv_kernel", ("own diagonal", "own"), "dkv_kernel", lambda launch: not _of_prefix(launch)),
+    Entry("forward", "forward_kernel", _row_major, "forward_kernel"),
+    Entry("dq", "dq_kernel", _row_major, "dq_kernel"),
+    Entry("dkv prefix", "dkv_kernel", lambda launch: ("prefix",), "dkv_kernel", _of_prefix),
+    Entry("dkv own", "dkv_kernel", _dkv_own, "dkv_kernel", lambda launch: not _of_prefix(launch)),
     Entry("prepare", "prepare_kernel"),
     Entry("reduce", "reduce_kernel"),
 )
@@ -42,7 +57,7 @@ PLAIN_LOOPS = {
     "dkv_kernel": ("own diagonal", "own"),
 }  # fmt: skip
 COUNTERPARTS = {"prefix": "own", "own": "own", "own diagonal": "own diagonal"}
-UNMASKED = ("prefix", "own")
+UNMASKED = {"prefix": "prefix tail", "own": "own diagonal"}  # and the loop that does the same with a mask
 
 
 def entry_of(launch: Launch) -> Entry:
@@ -55,11 +70,12 @@ def entry_of(launch: Launch) -> Entry:
 
 @dataclass(frozen=True)
 class Call:
-    """A shape, the precision of its float32 products, and whether its tiles are those of before a self-check."""
+    """A shape, the precision of float32 products, an option, and whether the tiles are those before a self-check."""
 
     shape: Shape
     precision: str = "highest"
     safe: bool = False
+    option: str = ""
 
     def __str__(self) -> str:
         kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -68,24 +84,63 @@ class Call:
             name += {"highest": "-ieee", "high": "-tf32x3", "medium": "-tf32"}[self.precision]
         if self.shape.prefix_dtype not in (None, self.shape.dtype):
             name += f"+{kind[self.shape.prefix_dtype]} prefix"
-        return f"D{self.shape.D} {name}{' safe' if self.safe else ''}"
+        name += f" N{self.shape.N}" if self.shape.N > 1 else ""
+        return f"D{self.shape.D} {name}{' safe' if self.safe else ''}{f' {self.option}' if self.option else ''}"
+
+    @property
+    def without_matrix_cores(self) -> bool:
+        """NVIDIA's tensor cores have no float32 products."""
+        return self.shape.dtype == torch.float32 and self.precision == "highest"
+
+    @property
+    def compared(self) -> bool:
+        """Whether the loops are compared with plain ones: not where options or conversions take their toll."""
+        mixed = self.shape.prefix_dtype not in (None, self.shape.dtype)
+        return not (self.without_matrix_cores or self.safe or self.option or mixed)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of the problem the option sets."""
+        return OPTIONS[self.option](self.shape) if self.option else {}
 
 
+def _empty(dtype: torch.dtype, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+# Masks, exponents and random numbers take instructions and registers that no plain kernel has: listed, not judged.
+OPTIONS: dict[str, Callable[[Shape], dict[str, Any]]] = {
+    "key_mask": lambda shape: {"key_mask": _empty(torch.bool, shape.B, shape.T)},
+    "window": lambda shape: {"window": shape.T // 2},
+    "softcap": lambda shape: {"softcap": 30.0},
+    "bias": lambda shape: {"attn_bias": _empty(shape.dtype, 1, shape.H, shape.T, shape.T)},
+    "dropout": lambda shape: {"dropout_p": 0.1, "dropout_seed": _empty(torch.int64, 1)},
+}
 HEADS = {64: (12, 12), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 8)}
 
 
 def call_of(
-    D: int, dtype: torch.dtype = torch.bfloat16, precision: str = "highest", safe: bool = False, **rest: object
-) -> Call:
+    D: int, dtype: torch.dtype = torch.bfloat16, precision: str = "highest", safe: bool = False, option: str = "",
+    **rest: Any,
+) -> Call:  # fmt: skip
     """A call with the heads of a model that has this head dim."""
-    return Call(Shape(*HEADS[D], D, dtype=dtype, **rest), precision, safe)
+    return Call(Shape(*HEADS[D], D, dtype=dtype, **rest), precision, safe, option)
 
 
 CALLS = (
     *(call_of(D) for D in HEADS),
     call_of(64, torch.float16),
-    call_of(128, torch.float16),
     *(call_of(D, safe=True) for D in (64, 128, 256)),
     *(call_of(D, prefix_dtype=torch.float32) for D in (64, 128)),
     *(call_of(D, torch.float32, precision) for D in (64, 128, 256) for precision in ("highest", "high", "medium")),
 )
+SPECIAL_CALLS = (*(call_of(D, N=8) for D in (64, 128)), *(call_of(64, option=option) for option in OPTIONS))
+CONFIGURATIONS = (
+    *((architecture, call) for call in CALLS for architecture in TARGETS),
+    *(("sm_90", call) for call in SPECIAL_CALLS),
+)  # fmt: skip
+
+
+def call_named(name: str) -> Call:
+    """The call of that name; raises StopIteration where there is none."""
+    return next(call for call in (*CALLS, *SPECIAL_CALLS) if str(call) == name)

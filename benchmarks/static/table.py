@@ -12,7 +12,7 @@ import torch
 import triton
 from figures import Row, faults_of, row_of, works_of
 from launches import TARGETS
-from registry import CALLS, Call
+from registry import CONFIGURATIONS, ENTRIES, Call
 
 FOLDER = Path(__file__).resolve().parent
 JSON, MARKDOWN = FOLDER / "table.json", FOLDER / "table.md"
@@ -32,9 +32,9 @@ def load() -> tuple[str, dict[Key, Row]]:
     return stored["triton"], {(row.architecture, row.call, row.kernel): row for row in rows}
 
 
-def fingerprints(calls: tuple[Call, ...] = CALLS) -> dict[Key, str]:
+def fingerprints() -> dict[Key, str]:
     """Of every line that the table is to have, without compiling."""
-    return {work.name: work.fingerprint for target in TARGETS for call in calls for work in works_of(call, target)}
+    return {work.name: work.fingerprint for target, call in CONFIGURATIONS for work in works_of(call, target)}
 
 
 def _fresh(task: tuple[str, Call, dict[Key, Row]]) -> list[tuple[bool, Row]]:
@@ -48,22 +48,24 @@ def _fresh(task: tuple[str, Call, dict[Key, Row]]) -> list[tuple[bool, Row]]:
 
 
 def regenerate(targets: tuple[str, ...] = TARGETS) -> Iterator[tuple[bool, Row]]:
-    """Bring the table up to date; yields (compiled now, row) as it goes. Rows whose kernel is unchanged are kept."""
+    """Bring the table up to date; yields (compiled now, row) as it goes. Rows whose kernel is unchanged are kept.
+
+    What is done when it is interrupted is kept too.
+    """
     release, old = load()
-    kept = old if release == triton.__version__ else {}
-    tasks = [(target, call, kept) for call in CALLS for target in targets]
-    rows: dict[Key, Row] = {key: row for key, row in kept.items() if row.architecture not in targets}
-    with multiprocessing.get_context("fork").Pool(PROCESSES, torch.set_num_threads, (1,)) as pool:
-        for found in pool.imap(_fresh, tasks):
-            for compiled, row in found:
-                rows[row.architecture, row.call, row.kernel] = row
-                yield compiled, row
-    store([rows[key] for key in sorted(rows, key=_place)])
-
-
-def _place(key: Key) -> tuple[int, int, str]:
-    calls = [str(call) for call in CALLS]
-    return TARGETS.index(key[0]), calls.index(key[1]) if key[1] in calls else len(calls), key[2]
+    calls = {(target, str(call)): place for place, (target, call) in enumerate(CONFIGURATIONS)}
+    kernels = {entry.name: place for place, entry in enumerate(ENTRIES)}
+    known = {key: row for key, row in old.items() if key[:2] in calls and key[2] in kernels}
+    rows = known if release == triton.__version__ else {}
+    tasks = [(target, call, rows) for target, call in CONFIGURATIONS if target in targets]
+    try:
+        with multiprocessing.get_context("fork").Pool(PROCESSES, torch.set_num_threads, (1,)) as pool:
+            for found in pool.imap_unordered(_fresh, tasks):
+                for compiled, row in found:
+                    rows[row.architecture, row.call, row.kernel] = row
+                    yield compiled, row
+    finally:
+        store([rows[key] for key in sorted(rows, key=lambda key: (calls[key[:2]], kernels[key[2]]))])
 
 
 def store(rows: list[Row]) -> None:
