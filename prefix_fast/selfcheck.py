@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -139,7 +140,8 @@ def _check(device: torch.device, index: int | None, configuration: Configuration
     fault = None
     try:
         for tile in dict.fromkeys(tiles):
-            failures.append(_failure(device, configuration, tile))
+            with ThreadPoolExecutor(1) as pool:  # no autocast, grad mode, hook or mode of the caller reaches its thread
+                failures.append(pool.submit(_failure, device, configuration, tile).result())
             if failures[-1] is None or (fault := _fault(device)) is not None:
                 break
     except torch.OutOfMemoryError:
@@ -197,21 +199,18 @@ def make_problem(case: Case, kind: Kind, device: torch.device | str) -> Problem:
 
 @contextmanager
 def _defaults(device: torch.device, kind: Kind) -> Iterator[None]:
-    """PyTorch's defaults, whatever the caller has set, and the precision of the kind; random states stay untouched."""
+    """The settings of the process that bear on a check, for its time; random states stay as they were."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    with ExitStack() as stack:
-        stack.callback(torch.set_float32_matmul_precision, precision)
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
         torch.use_deterministic_algorithms(False)
         if kind.dtype == torch.float32:
             torch.set_float32_matmul_precision(next(name for name, of in PRECISIONS.items() if of == kind.precision))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        yield
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def _poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,8 +13,9 @@ from faked_cards import fake_cards, forget
 
 from prefix_fast import selfcheck
 from prefix_fast.backends import triton_config, triton_vetting
-from prefix_fast.backends.triton_config import TABLE, Tile, device_of, safe_tiles, tiles_for
+from prefix_fast.backends.triton_config import TABLE, device_of, safe_tiles, tiles_for
 from prefix_fast.backends.triton_vetting import Configuration, Kind
+from prefix_fast.testing import Case
 
 pytest.importorskip("triton")
 KIND = Kind(64, torch.bfloat16, "ieee", False)
@@ -173,20 +174,29 @@ def test_patch_vets_what_its_model_runs_and_each_call_what_it_is(monkeypatch, dt
     assert len(vetted) == 2 and all(facts[:3] == (torch.device("cpu"), "reference", 16) for facts in vetted)
 
 
-def test_a_check_leaves_the_settings_of_the_caller_alone(monkeypatch):
-    def failing(*_):
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
-        torch.rand(3)
-        raise KeyboardInterrupt
+def test_a_check_and_its_caller_leave_each_other_alone(monkeypatch):
+    """Also within a forward under autocast, without gradients, or whose saved tensors are counted (checkpointing)."""
+    ran, saved = [], []
 
-    monkeypatch.setattr(selfcheck, "_CHECKED", {"forward": (failing, lambda *_: [selfcheck.Case()])})
-    monkeypatch.setattr(selfcheck.testing, "make_problem", failing)
+    def run_kernel(problem, true, trial):
+        ran.append(trial)
+        assert torch.get_float32_matmul_precision() == "medium" and not torch.are_deterministic_algorithms_enabled()
+        assert (
+            torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and torch.zeros(()).device.type == "cpu"
+        )
+        assert (problem.query @ problem.query.transpose(-1, -2)).dtype == torch.float32
+        torch.rand(3)
+        return {"out": true["out"], "lse": true["lse"]}
+
+    monkeypatch.setattr(selfcheck, "_CHECKED", {"forward": (run_kernel, lambda *_: [Case(dropout_p=0.5)])})
     configuration = Configuration("forward", Kind(16, torch.float32, "tf32", False))
     torch.use_deterministic_algorithms(True)
     before = torch.get_rng_state()
-    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
-        selfcheck._failure(torch.device("cpu"), configuration, Tile(32, 32, 4, 1))
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda packed: packed)
+    for state in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        with state, hooks:
+            assert selfcheck.run("cpu", [configuration], renew=True)[configuration].failure is None
+    assert len(ran) == 4 and saved == []
     assert torch.get_float32_matmul_precision() == "highest" and torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -32,7 +32,7 @@ def availability() -> str | None:
         return "triton is not installed; install prefix-fast[triton]"
     if version < OLDEST:
         return f"expected triton >= {_dotted(OLDEST)}, got {_dotted(version)}; upgrade triton"
-    if not interpreting() and not torch.cuda.is_available():
+    if not (torch.cuda.is_initialized() or interpreting() or torch.cuda.is_available()):
         return "this machine has no CUDA or ROCm device; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
     return None
 
@@ -49,11 +49,12 @@ def unsupported_reasons(facts: Facts) -> list[str]:
         reasons.append(f"the triton backend takes float32, bfloat16 and float16, not {str(facts.dtype)[6:]}")
     if facts.head_dim > MAX_HEAD_DIM:
         reasons.append(f"the triton backend takes head dims up to {MAX_HEAD_DIM}, not {facts.head_dim}")
-    wanted = "cpu" if interpreting() else "cuda"
+    interpreted = interpreting()
+    wanted = "cpu" if interpreted else "cuda"
     if facts.device != wanted:
-        why = "with TRITON_INTERPRET=1" if interpreting() else "(on the CPU only with TRITON_INTERPRET=1)"
+        why = "with TRITON_INTERPRET=1" if interpreted else "(on the CPU only with TRITON_INTERPRET=1)"
         reasons.append(f"the triton backend takes {wanted} tensors {why}, not {facts.device}")
-    index = None if interpreting() else facts.device_index
+    index = None if interpreted else facts.device_index
     if index is not None and facts.device == wanted:
         reasons += triton_vetting.device_refusals(index)
     if reasons:
