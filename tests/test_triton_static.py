@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import triton
 from figures import Row, faults_of, programs_together, row_of, works_of
 from launches import Launch, Shape, launches_of, problem_of
-from machine_code import matrix_loops, natural_loops, parse_amd, parse_sass
+from machine_code import matrix_loops, natural_loops, parse_amd, parse_sass, work_of
 from registry import CONFIGURATIONS, ENTRIES, Call, call_named
 from sources import words_of
 from table import fingerprints, load
@@ -146,6 +146,13 @@ def test_inner_loop_counts_and_not_the_one_around_it() -> None:
     bodies = natural_loops(program)
     assert [len(body) for body in bodies] == [5, 3]
     assert [(loop.instructions, loop.matrix) for loop in matrix_loops(program, bodies)] == [(3, 1)]
+
+
+def test_work_of_matrix_instructions_is_their_shape() -> None:
+    listing = sass("HMMA.16816.F32.BF16 R4, R8, R10, R4", "HMMA.1688.F32.TF32 R4, R8, R10, R4", "UTCHMMA gdesc[UR4]")
+    assert [work_of(instruction) for instruction in parse_sass(listing)] == [2048, 1024, 1]
+    listing = "\tv_mfma_f32_16x16x4_f32 v[0:3], v4, v5, v[0:3]\n\tv_mfma_f32_32x32x8_bf16 v[0:15], v[2:3], v[4:5], 0"
+    assert [work_of(instruction) for instruction in parse_amd(listing)] == [1024, 8192]
 
 
 def test_fingerprint_ignores_comments_alone() -> None:

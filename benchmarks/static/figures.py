@@ -96,7 +96,8 @@ def works_of(call: Call, architecture: str, chosen: str | None = None, tile: Til
     found: dict[str, Work] = {}
     for launch in launches:
         entry = entry_of(launch)
-        if chosen in (None, entry.name) and entry.name not in found:
+        listed = entry.name == chosen if chosen else not call.kernels or entry.name in call.kernels
+        if listed and entry.name not in found:
             plain = None
             if entry.plain is not None and call.compared:
                 precision = launch.constant("PRECISION")

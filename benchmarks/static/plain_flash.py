@@ -35,12 +35,6 @@ def _rows(base, stride, tile, dims, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _columns(base, stride, tile, dims, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    pointers = base + dims[:, None] + tile[None, :] * stride
-    return tl.load(pointers) if D == BLOCK_D else tl.load(pointers, mask=(dims < D)[:, None], other=0.0)
-
-
-@triton.jit
 def _attend(
     output, maximum, total, q, low, high, queries, dims, key, value, stride, scale,
     DIAGONAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -48,12 +42,12 @@ def _attend(
     tile = tl.arange(0, BLOCK_K)
     for start in range(low, high, BLOCK_K):
         first = tl.cast(start, tl.int64) * stride
-        k = _columns(key + first, stride, tile, dims, D, BLOCK_D)
-        logits = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)
+        k = _rows(key + first, stride, tile, dims, D, BLOCK_D)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if DIAGONAL:
-            logits = tl.where((start + tile)[None, :] <= queries[:, None], logits, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_maximum[:, None])
+            product = tl.where((start + tile)[None, :] <= queries[:, None], product, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(product, 1) * (scale * LOG2E))
+        weights = tl.exp2(product * (scale * LOG2E) - new_maximum[:, None])
         factor = tl.exp2(maximum - new_maximum)
         total = total * factor + tl.sum(weights, 1)
         maximum = new_maximum
@@ -101,13 +95,13 @@ def _descend(
     tile = tl.arange(0, BLOCK_K)
     for start in range(low, high, BLOCK_K):
         first = tl.cast(start, tl.int64) * stride
-        k = _columns(key + first, stride, tile, dims, D, BLOCK_D)
-        v = _columns(value + first, stride, tile, dims, D, BLOCK_D)
-        weights = tl.exp2(tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E) - level[:, None])
+        k = _rows(key + first, stride, tile, dims, D, BLOCK_D)
+        v = _rows(value + first, stride, tile, dims, D, BLOCK_D)
+        weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - level[:, None])
         if DIAGONAL:
             weights = tl.where((start + tile)[None, :] <= queries[:, None], weights, 0.0)
-        ds = weights * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(q.dtype), tl.trans(k), dq, input_precision=PRECISION)
+        ds = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
@@ -150,16 +144,16 @@ def _gather(
     tile = tl.arange(0, BLOCK_Q)
     for start in range(low, high, BLOCK_Q):
         first = tl.cast(start, tl.int64) * stride
-        q = _columns(query + first, stride, tile, dims, D, BLOCK_D)
+        q = _rows(query + first, stride, tile, dims, D, BLOCK_D)
         do = _rows(grad_out + first, stride, tile, dims, D, BLOCK_D)
         level = tl.load(lse + start + tile)
-        weights = tl.exp2(tl.dot(k, q, input_precision=PRECISION) * (scale * LOG2E) - level[None, :])
+        weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) - level[None, :])
         if DIAGONAL:
             weights = tl.where(keys[:, None] <= (start + tile)[None, :], weights, 0.0)
-        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = weights * (dp - tl.load(deltas + start + tile)[None, :])
-        dk = tl.dot(ds.to(q.dtype), tl.trans(q), dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 

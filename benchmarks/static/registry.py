@@ -76,6 +76,7 @@ class Call:
     precision: str = "highest"
     safe: bool = False
     option: str = ""
+    kernels: tuple[str, ...] = ()  # entries that the table lists; none: all
 
     def __str__(self) -> str:
         kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -84,7 +85,9 @@ class Call:
             name += {"highest": "-ieee", "high": "-tf32x3", "medium": "-tf32"}[self.precision]
         if self.shape.prefix_dtype not in (None, self.shape.dtype):
             name += f"+{kind[self.shape.prefix_dtype]} prefix"
-        name += f" N{self.shape.N}" if self.shape.N > 1 else ""
+        for size in ("B", "N", "T", "Tk", "P"):
+            if getattr(self.shape, size) != getattr(Shape(1, 1, 1), size):
+                name += f" {size}{getattr(self.shape, size)}"
         return f"D{self.shape.D} {name}{' safe' if self.safe else ''}{f' {self.option}' if self.option else ''}"
 
     @property
@@ -121,10 +124,10 @@ HEADS = {64: (12, 12), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 8)}
 
 def call_of(
     D: int, dtype: torch.dtype = torch.bfloat16, precision: str = "highest", safe: bool = False, option: str = "",
-    **rest: Any,
+    kernels: tuple[str, ...] = (), **sizes: Any,
 ) -> Call:  # fmt: skip
     """A call with the heads of a model that has this head dim."""
-    return Call(Shape(*HEADS[D], D, dtype=dtype, **rest), precision, safe, option)
+    return Call(Shape(*HEADS[D], D, dtype=dtype, **sizes), precision, safe, option, kernels)
 
 
 CALLS = (
