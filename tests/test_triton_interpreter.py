@@ -10,6 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
+SAMPLE = (0, 9, 24, 31, 60)  # of triton_mutants.MUTANTS
+
 
 def interpreted(root: Path, *arguments: str | Path) -> str:
     """What a Python process prints in which the interpreter runs Triton kernels."""
@@ -37,6 +39,28 @@ def test_random_calls_agree_with_the_oracle(dtype: str, first: int, last: int, r
 @pytest.mark.parametrize("first", range(12, 232, 44))
 def test_many_random_calls_agree_with_the_oracle(dtype: str, first: int, root: Path) -> None:
     assert "0 failures" in run_module(root, "triton_cases", dtype, first, first + (44 if dtype != "bf16" else 8))
+
+
+def test_the_checks_see_kernels_that_break_their_rules(root: Path) -> None:
+    assert "0 unseen" in run_module(root, "triton_faults")
+
+
+@pytest.mark.parametrize("sample", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_each_result_shows_the_dropped_weights_of_philox(sample: str, root: Path) -> None:
+    assert "0 differences" in run_module(root, "triton_dropout", sample)
+
+
+def test_what_cannot_run_is_refused_before_a_launch(root: Path) -> None:
+    assert "0 faults" in run_module(root, "triton_refusals")
+
+
+def test_wrong_kernels_are_seen(root: Path) -> None:
+    assert "0 survivors" in run_module(root, "triton_mutants", *SAMPLE)
+
+
+@pytest.mark.slow
+def test_every_wrong_kernel_is_seen(root: Path) -> None:
+    assert "0 survivors" in run_module(root, "triton_mutants")
 
 
 def test_offsets_beyond_int32_reach_the_same_numbers(root: Path) -> None:

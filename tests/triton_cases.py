@@ -70,13 +70,16 @@ def _random_case(choose: random.Random, seed: int) -> Case:
     B = max(1, min(choose.choice([1, 2, 3, 5]), MOST_PROGRAMS // (group * Hkv)))
     tiles = MOST_PROGRAMS // (B * group * Hkv)
     Tq = choose.choice([t for t in TOKENS[1:] if t <= max(32 * tiles, 5)])
+    slides = choose.random() < 0.3
+    if slides and choose.random() < 0.6:  # long enough for a window to leave whole tiles
+        B, group, Hkv, Tq = 1, min(group, 3), 1, choose.choice(TOKENS[-4:])
     Tk = Tq if choose.random() < 0.5 else choose.choice(TOKENS)
     packed, packed_segments = choose.random() < 0.2, choose.random() < 0.25
     N = choose.choice([1, 1, 2, 3, 5])
     options: dict[str, Any] = {}
     if choose.random() < 0.2:
         options["softcap"] = choose.choice([0.5, 2.0, 30.0])
-    if choose.random() < 0.3:
+    if slides:
         options["window"] = choose.choice([1, 4, 17, 33])
         options["in_window"] = choose.random() < 0.5
     if choose.random() < 0.2:

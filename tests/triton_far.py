@@ -49,6 +49,11 @@ CALLS = {
     "key heads": Far(_HEADS, dict.fromkeys((*_KEYS, *_OWN_GRADS), 1), _BILLION),
     "tokens": Far(_TOKENS, dict.fromkeys(("query", "grad_out", "grad_lse"), 2), 2**26 + 16),
     "key tokens": Far(_TOKENS, dict.fromkeys(_KEYS, 2), 2**26 + 16),
+    "long rows": Far(
+        replace(_TOKENS, Tq=161, Tk=161, P=161),
+        dict.fromkeys((*_QUERIES, *_KEYS), 2),
+        2**24 - 16,
+    ),
     "packed tokens": Far(_PACKED, dict.fromkeys(_QUERIES, 0), 2**27 + 16),
     "packed keys": Far(_PACKED, dict.fromkeys((*_KEYS, *_OWN_GRADS), 0), 2**27 + 16),
     "bias queries": Far(_MASKED, {"attn_bias": 2, "bias0": 2}, 2**29 + 16),

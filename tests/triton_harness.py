@@ -128,7 +128,7 @@ class _PoisonedAllocations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _UNINITIALISED and result.numel() > 0:
+        if func in _UNINITIALISED and result.numel() > 0 and result.device.type == "cpu":
             return self.machine.uninitialised(result, "scratch")
         return result
 
