@@ -27,6 +27,7 @@ from prefix_fast.testing import Case
 
 BLOCKS = (16, 32, 64, 128, 256)  # padded head dims
 HALVES = (torch.bfloat16, torch.float16)
+_TRANSIENT = (torch.OutOfMemoryError, OSError)  # say nothing about a kernel
 _vetted: set[tuple[Any, ...]] = set()  # what this process has looked into for a model
 
 
@@ -58,7 +59,7 @@ def run(
         progress: called with each configuration before its check.
 
     Returns:
-        The verdicts. A configuration is missing where memory ran out: it stays unchecked, and safe tiles serve it.
+        The verdicts. A configuration is missing where memory or disk ran out: it stays unchecked, with its safe tile.
 
     Raises:
         RuntimeError: a call is being traced or captured, or a kernel left the device unusable; that is recorded too.
@@ -134,7 +135,7 @@ def _chosen(backend: str, facts: Facts) -> str | None:
 
 
 def _check(device: torch.device, index: int | None, configuration: Configuration) -> Verdict | None:
-    """Check the table's tile and, where it fails, the safe one; None: memory ran out."""
+    """Check the table's tile and, where it fails, the safe one; None: memory or disk ran out."""
     tiles = triton_vetting.candidates(index, configuration)
     failures: list[str | None] = []
     fault = None
@@ -144,7 +145,7 @@ def _check(device: torch.device, index: int | None, configuration: Configuration
                 failures.append(pool.submit(_failure, device, configuration, tile).result())
             if failures[-1] is None or (fault := _fault(device)) is not None:
                 break
-    except torch.OutOfMemoryError:
+    except _TRANSIENT:
         return None
     verdict = triton_vetting.record(index, configuration, failures[0], failures[1] if len(failures) > 1 else None)
     if fault is not None:
@@ -176,7 +177,7 @@ def _failure(device: torch.device, configuration: Configuration, tile: Tile) -> 
             try:
                 results = run_kernel(problem, true, Trial(kernel, tile))
                 testing.compare(problem, f"{configuration} with {tuple(tile)} on {case}", results, true)
-            except torch.OutOfMemoryError:
+            except _TRANSIENT:
                 raise
             except Exception as error:  # whatever a compiler or a card does wrong is what the check is there to find
                 return f"{type(error).__name__}: {error}"

@@ -96,9 +96,10 @@ def test_a_kernel_that_breaks_the_device_is_recorded_before_the_error(monkeypatc
     assert "illegal memory access" in verdict.failure and not verdict.refused
 
 
-def test_a_check_without_memory_leaves_the_configuration_unchecked(monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left")])
+def test_a_check_without_memory_or_disk_leaves_the_configuration_unchecked(monkeypatch, tmp_path, error):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(selfcheck, "_failure", full)
     assert selfcheck.run("cuda:0", [DKV]) == {}
