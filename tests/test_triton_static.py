@@ -243,6 +243,15 @@ def test_number_of_prefixes_compiles_nothing_anew() -> None:
     assert {kernel: len(keys) for kernel, keys in found.items() if len(keys) > 1} == {}
 
 
+def test_row_lengths_of_a_bias_are_of_two_kinds() -> None:
+    def bias(shape: Shape) -> torch.Tensor:
+        return torch.empty(1, shape.H, shape.T, shape.T, dtype=shape.dtype, device="meta")
+
+    for lengths, kinds in (((16, 512, 4096), 1), ((17, 511, 2), 1), ((16, 17, 511, 512), 2)):
+        found = specialisations([replace(BASE, T=T) for T in lengths], attn_bias=bias)
+        assert len(found["forward_kernel None "]) == kinds
+
+
 def test_head_dim_dtype_and_flags_compile_anew() -> None:
     base = specialisations([BASE])["forward_kernel None "]
     for shape, options in (
