@@ -3,64 +3,15 @@
     s_ij = scale · q_i·k_j (softcapped, plus bias, -inf where hidden)      lse_i = log Σ_j e^{s_ij}
     out_i = Σ_j e^{s_ij - lse_i} v_j
 
-q [Tq, D] of one row and head, k and v [keys, D] of each segment of its chain, the own tokens last; logits, maximum, sum
-and the output are float32 in registers, the weights are rounded to the queries' dtype for their product with v. The
-prefix is read in place by every row: nothing is repeated or concatenated. A query that sees no key gets 0 and -inf.
+q [Tq, D] of one row and head, k and v [keys, D] of each segment of its chain, the own tokens last. The prefix is read
+in place by every row: nothing is repeated or concatenated. A query that sees no key gets 0 and -inf.
 """
 
 import triton
 import triton.language as tl
-from prefix_fast.kernels.primitives import (
-    INFINITY,
-    LN2,
-    add_sink,
-    dot,
-    dot_add,
-    even,
-    kept_rows,
-    load_rows,
-    logits_of,
-    offset_of,
-    online_softmax_update,
-    with_positive_scale,
-)
-from prefix_fast.kernels.row_major import (
-    add_bias,
-    hide,
-    key_bounds,
-    open_set,
-    part_of,
-    present_keys,
-    query_tile,
-)
-
-
-@triton.jit
-def _attend(
-    state, q, low, high, queries, positions, valid_queries, dims, key, value, bias, key_mask, strides, mask_stride,
-    valid, begin, window, scale, softcap, dropout,
-    SET: tl.constexpr, EDGES: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Walk the keys [low, high) of one segment; `state` is (output, maximum, total)."""
-    output, maximum, total = state
-    tile = tl.arange(0, BLOCK_K)
-    for start in range(low, high, BLOCK_K):
-        keys = start + tile
-        first = tl.cast(start, tl.int64)
-        present = present_keys(keys, valid, key_mask, mask_stride)
-        k = load_rows(key + first * strides[2], strides[2], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
-        logits, unit, _ = logits_of(dot(q, tl.trans(k), PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
-        logits = add_bias(logits, bias, strides[8], strides[9], queries, keys, valid_queries, present, NATURAL)
-        logits = hide(logits, -INFINITY, keys, positions, present, begin, window, EDGES, MASKED, CAUSAL, WINDOW)
-        weights, maximum, total, factor = online_softmax_update(logits, unit, maximum, total, NATURAL)
-        if DROPOUT:
-            kept = kept_rows(dropout[0], queries, start, dropout[1], SET, dropout[2], BLOCK_K)
-            weights = tl.where(kept, weights, 0.0)
-        v = load_rows(value + first * strides[5], strides[5], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
-        output = dot_add(weights.to(q.dtype), v, output * factor[:, None], PRECISION, UPCAST)
-    return output, maximum, total
+from prefix_fast.kernels.attend import attend, empty_state, result_of
+from prefix_fast.kernels.primitives import add_sink, even, load_rows, offset_of, with_positive_scale
+from prefix_fast.kernels.row_major import key_bounds, open_set, part_of, query_tile
 
 
 @triton.jit
@@ -79,15 +30,17 @@ def _attend_set(
     if OWN and key_mask is not None:
         mask = key_mask + row.to(tl.int64) * even(mask_strides[0])
     bias = sets[SET][5]
+    bias_rows = queries
     if bias is not None:
         bias += row.to(tl.int64) * set_strides[SET][6] + head.to(tl.int64) * set_strides[SET][7]
+        bias_rows = queries.to(tl.int64) * set_strides[SET][8]
     low, full_low, full_high, high = key_bounds(
         first_position, last_position, begin, valid, window, CAUSAL and OWN, SLIDES, BLOCK_K
     )
     for part in tl.static_range(0 if SLIDES else 1, 3):
         begins, ends = part_of(low, full_low, full_high, high, part)
-        state = _attend(
-            state, q, begins, ends, queries, positions, valid_queries, dims, key, value, bias, mask,
+        state = attend(
+            state, q, begins, ends, queries, positions, valid_queries, dims, key, value, bias, bias_rows, mask,
             set_strides[SET], mask_strides[1], valid, begin, window, scale, softcap, dropout,
             SET, part != 1, part != 1 or mask is not None, CAUSAL and OWN, SLIDES, SOFTCAP, NATURAL, DROPOUT, D,
             BLOCK_D, BLOCK_K, PRECISION, UPCAST,
@@ -125,10 +78,7 @@ def forward_kernel(
     if DROPOUT:
         dropout = (tl.load(seed), row * tl.num_programs(1) + head, threshold)
 
-    maximum = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    output = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    state = (output, maximum, total)
+    state = empty_state(BLOCK_Q, BLOCK_D)
     for index in tl.static_range(SETS + 1):
         state = _attend_set(
             state, q, row, head, kv_head, queries, positions, valid_queries, first_position, last_position,
@@ -151,18 +101,11 @@ def _store(
     if sinks is not None:
         maximum, total, factor = add_sink(maximum, total, tl.load(sinks + head).to(tl.float32), NATURAL)
         output = output * factor[:, None]
-    empty = total == 0
-    divisor = tl.where(empty, 1.0, total)
-    if DROPOUT:
-        output = output / (divisor * kept_share)[:, None]
-    else:
-        output = output / divisor[:, None]
-    level = maximum if NATURAL else maximum * LN2
-    result = tl.where(empty, -INFINITY, level + tl.log(divisor))
+    output, level = result_of(output, maximum, total, kept_share, NATURAL, DROPOUT)
     tile = tl.arange(0, BLOCK_Q)
     row, head = row.to(tl.int64), head.to(tl.int64)
     out_base = out + row * out_strides[0] + head * out_strides[1] + first_token * out_strides[2]
     lse_base = lse + row * even(lse_strides[0]) + head * even(lse_strides[1]) + first_token * lse_strides[2]
     mask = valid_queries[:, None] & (dims < D)[None, :]
     tl.store(out_base + tile[:, None] * out_strides[2] + dims[None, :], output.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse_base + tile * lse_strides[2], result, mask=valid_queries)
+    tl.store(lse_base + tile * lse_strides[2], level, mask=valid_queries)

@@ -54,7 +54,7 @@ def segment_of(row, ids, lengths, cu_seqlens, count, size):
     """Segment that a row reads, its first token (int64) and its number of valid keys; 0 keys where it reads none."""
     if ids is None:
         unit = row * 0
-        chosen = count > 0
+        chosen = unit + count > 0
     else:
         unit = tl.load(ids + row).to(tl.int64)
         chosen = (unit >= 0) & (unit < count)
@@ -79,20 +79,20 @@ def valid_span_of(unit, lengths, cu_seqlens, size):
 
 
 @triton.jit
-def packed_tile(tile, cu_seqlens, num_units, BLOCK: tl.constexpr):
-    """(unit, block) of one tile of a packed tensor.
+def packed_tile(tile, cu_seqlens, num_units, BLOCK: tl.constexpr, width=1):
+    """(unit, block) of one tile of a packed tensor, of whose offsets each stands for `width` tokens.
 
-    Unit u owns the tiles from cu_seqlens[u] // BLOCK + u on: at least as many as it has blocks. So the number of tiles
-    is total // BLOCK + num_units whatever the lengths are, and no table has to be made.
+    Unit u owns the tiles from width · cu_seqlens[u] // BLOCK + u on: at least as many as it has blocks. So the number
+    of tiles is width · total // BLOCK + num_units whatever the lengths are, and no table has to be made.
     """
     low = 0
     high = num_units
     while high - low > 1:
         middle = (low + high) // 2
-        begins = (tl.load(cu_seqlens + middle) // BLOCK + middle).to(tl.int32)
+        begins = (tl.load(cu_seqlens + middle) * width // BLOCK + middle).to(tl.int32)
         low = tl.where(begins <= tile, middle, low)
         high = tl.where(begins <= tile, high, middle)
-    begins = (tl.load(cu_seqlens + low) // BLOCK + low).to(tl.int32)
+    begins = (tl.load(cu_seqlens + low) * width // BLOCK + low).to(tl.int32)
     return low, tile - begins
 
 

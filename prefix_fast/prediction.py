@@ -90,13 +90,13 @@ def predict_decoding(card: Card) -> list[Prediction]:
     device = Device(card.architecture, card.multiprocessors)
     predictions = []
     for shape in DECODING:
-        block_q = tiles_for(device, shape.head_dim, torch.bfloat16).split.queries
-        chunks = triton_cost.key_chunks(card, shape, block_q)
-        if chunks is None:
-            path, forward = "one pass", triton_cost.one_pass_seconds(card, shape, block_q)
+        tiles = tiles_for(device, shape.head_dim, torch.bfloat16)
+        split = triton_cost.key_chunks(card, shape, tiles.split, tiles.few)
+        if split is None:
+            path, forward = "one pass", triton_cost.one_pass_seconds(card, shape, tiles.few)
         else:
-            path = f"split: {' + '.join(map(str, chunks))} chunks"
-            forward = triton_cost.split_seconds(card, shape, block_q, chunks)
+            path = f"split: {' + '.join(map(str, split.chunks))} chunks"
+            forward = triton_cost.split_seconds(card, shape, split)
         cached = triton_cost.cached_seconds(card, shape)
         rival = (triton_cost.copying_seconds(card, shape) + cached, 0.0)
         predictions.append(Prediction(shape, path, forward, 0.0, rival, cached))

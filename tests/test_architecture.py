@@ -10,10 +10,12 @@ import pytest
 LAYERS = (
     ("prefix_fast.kernels.primitives",),
     ("prefix_fast.kernels.row_major", "prefix_fast.kernels.key_major"),
+    ("prefix_fast.kernels.attend",),
     ("prefix_fast.kernels",),
     ("prefix_fast.backends.problem", "prefix_fast.backends.triton_config", "prefix_fast.files"),
     ("prefix_fast.backends.triton_vetting",),
     ("prefix_fast.backends.triton_call", "prefix_fast.backends.triton_cost", "prefix_fast.backends.triton_partials"),
+    ("prefix_fast.backends.triton_decode",),
     ("prefix_fast.backends.triton_forward", "prefix_fast.backends.triton_backward"),
     ("prefix_fast.backends.reference", "prefix_fast.backends.native", "prefix_fast.backends.triton"),
     ("prefix_fast.backends",),

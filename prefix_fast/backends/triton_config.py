@@ -25,8 +25,9 @@ class Tiles(NamedTuple):
     forward: Tile
     dq: Tile
     dkv: Tile
-    split: Tile = Tile(16, 64, 4, 2)  # of the split forward: queries of all readers of a segment
+    split: Tile = Tile(64, 64, 4, 2)  # of the split forward: at most so many queries of the readers of a segment
     short: Tile = Tile(64, 64, 4, 1)  # of the fused backward of short segments
+    few: Tile = Tile(16, 64, 4, 2)  # of the one-pass forward where rows have few queries
 
 
 def every_kernel(tile: Tile) -> Tiles:

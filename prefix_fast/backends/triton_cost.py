@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from prefix_fast.backends.triton_config import Device
+from prefix_fast.backends.triton_config import Device, Tile
 
 
 class Card(NamedTuple):
@@ -47,6 +47,8 @@ OCCUPANCY = 2  # programs that share a multiprocessor
 FILL = 0.85  # of the device, below which work is split further
 LEAST_TILES = 4  # query tiles that a split of a reader list is worth
 LEAST_CHUNK = 128  # keys that a split of a segment is worth
+LEAST_CHUNK_THERE = 32  # in the interpreter: one block
+SHORT_CHAIN = 256  # keys of the longest part of a chain, below which nothing is split
 SHORT = 64  # keys of a segment whose gradients stay in registers while dq is made
 SPLIT_QUERIES = 64  # queries of a row from which on the one-pass forward fills its tiles
 
@@ -129,65 +131,98 @@ def reader_splits(device: Device, programs: int, pairs: int, query_tiles: int) -
     return Splits(readers, max(1, min(wanted // readers, query_tiles)))
 
 
-def key_chunks(device: Device | Card, shape: Shape, block_q: int) -> tuple[int, ...] | None:
-    """Chunks of each set's segments, and of the own tokens, for the split forward; None: one pass is better.
+class Split(NamedTuple):
+    """How the split forward divides a call."""
+
+    queries: int  # of the readers of a segment, in one tile
+    own_queries: int  # of a row, with its group of heads, in one tile
+    chunks: tuple[int, ...]  # of the keys of each set's segments, then of the own tokens; 0 where there are none
+
+
+def key_chunks(device: Device | Card, shape: Shape, tile: Tile, few: Tile) -> Split | None:
+    """The split forward with tiles of at most `tile` as it suits the call; None: one pass, with `few`, is better.
 
     The split forward reads a shared segment once for a tile of all its readers' queries, and cuts long chains so that
-    few rows fill the device; it pays a second launch, the merge, and float32 partial results.
+    few rows fill the device; it pays a second launch, the merge, and float32 partial results. So short chains lose
+    whatever they save: below SHORT_CHAIN keys there is nothing to weigh.
     """
-    if shape.queries >= SPLIT_QUERIES or sum(shape.lengths) == 0:
+    interpreter = device.architecture == "interpreter"
+    if shape.queries >= SPLIT_QUERIES or max(shape.lengths) < (LEAST_CHUNK_THERE if interpreter else SHORT_CHAIN):
         return None
-    chunks = _chunks_that_fit(device, shape, block_q)
-    return chunks if split_seconds(device, shape, block_q, chunks) < one_pass_seconds(device, shape, block_q) else None
+    splits = candidates(device, shape, tile)
+    if interpreter:
+        return splits[0]  # there is no time to weigh
+    seconds, best = min((split_seconds(device, shape, split), number) for number, split in enumerate(splits))
+    return splits[best] if seconds < one_pass_seconds(device, shape, few) else None
 
 
-def _folded_tiles(shape: Shape, block_q: int) -> tuple[int, ...]:
-    """Query tiles of each set, where the queries of all readers of a segment are rows of one matrix; then of own."""
-    group = shape.heads // shape.kv_heads
-    folded = group * shape.queries
-    shared = tuple(
-        (math.ceil(shape.rows * folded / block_q) if count == 1 else shape.rows * folded // block_q + count)
-        for count, _ in shape.sets
-    )
-    return (*shared, shape.rows * math.ceil(folded / block_q))
+def candidates(device: Device | Card, shape: Shape, tile: Tile) -> list[Split]:
+    """Splits worth comparing, the coarsest first: chunks that give every place on the device a 1st, 2nd, 4th part."""
+    folded = shape.queries * shape.heads // shape.kv_heads
+    readers = math.ceil(shape.rows / max(1, max((count for count, _ in shape.sets), default=1)))
+    queries, own = (_block_of(size, tile.queries) for size in (readers * folded, folded))
+    least = LEAST_CHUNK_THERE if device.architecture == "interpreter" else LEAST_CHUNK
+    walked = sum(tiles * length for tiles, length, _ in _walks(shape, Split(queries, own, (1,) * len(shape.lengths))))
+    share = walked * shape.kv_heads / (device.multiprocessors * OCCUPANCY)
+    splits = []
+    for part in (1, 2, 4):
+        chunk = max(1, math.ceil(share / (part * least))) * least
+        split = Split(queries, own, tuple(math.ceil(length / chunk) for length in shape.lengths))
+        if split not in splits:
+            splits.append(split)
+    return splits
 
 
-def _chunks_that_fit(device: Device | Card, shape: Shape, block_q: int) -> tuple[int, ...]:
-    """The smallest chunk of keys, found by bisection, with which all items run at once on the device."""
-    least = 32 if device.architecture == "interpreter" else LEAST_CHUNK
-    room = device.multiprocessors * OCCUPANCY
-    tiles = _folded_tiles(shape, block_q)
-    low, high = 1, max(1, math.ceil(max(shape.lengths) / least))
-    while low < high:
-        middle = (low + high) // 2
-        items = sum(t * math.ceil(n / (middle * least)) for t, n in zip(tiles, shape.lengths, strict=True))
-        low, high = (low, middle) if items * shape.kv_heads <= room else (middle + 1, high)
-    return tuple(max(1, math.ceil(length / (low * least))) for length in shape.lengths)
+def _block_of(queries: int, largest: int) -> int:
+    """The smallest block of 16, 32, 64 ... that holds the queries, up to the largest."""
+    return min(max(16, 1 << (queries - 1).bit_length()), largest)
 
 
-def split_seconds(device: Device | Card, shape: Shape, block_q: int, chunks: tuple[int, ...]) -> float:
-    """Predicted time of the split forward and its merge."""
+def _walks(shape: Shape, split: Split) -> list[tuple[int, int, int]]:
+    """(tiles of queries, keys, queries of a tile) of each set, its segments read equally, and of the own tokens."""
+    folded = shape.queries * shape.heads // shape.kv_heads
+    walks = []
+    for count, size in shape.sets:
+        used = max(1, min(count, shape.rows))
+        walks.append((used * math.ceil(shape.rows / used * folded / split.queries), size, split.queries))
+    return [*walks, (shape.rows * math.ceil(folded / split.own_queries), shape.keys, split.own_queries)]
+
+
+def split_seconds(device: Device | Card, shape: Shape, split: Split) -> float:
+    """Predicted time of the split forward and the merge."""
     card = card_of(device)
-    tiles = _folded_tiles(shape, block_q)
-    walked = sum(t * n for t, n in zip(tiles, shape.lengths, strict=True)) * shape.kv_heads  # keys, by all programs
-    items = shape.kv_heads * sum(t * c for t, c in zip(tiles, chunks, strict=True))
-    partials = 2 * 4 * sum(chunks) * shape.rows * shape.heads * shape.queries * (shape.head_dim + 1)
-    return _walk_seconds(card, shape, block_q, walked, items) + partials / card.l2_bytes + 2 * LAUNCH
+    partials = 2 * 4 * sum(split.chunks) * shape.rows * shape.heads * shape.queries * (shape.head_dim + 1)
+    items = [
+        (tiles * chunks * shape.kv_heads, math.ceil(size / max(chunks, 1)), queries)
+        for (tiles, size, queries), chunks in zip(_walks(shape, split), split.chunks, strict=True)
+    ]
+    memory = shape.shared_bytes + shape.own_bytes + 2 * shape.query_bytes
+    return _walk_seconds(card, shape, items, memory) + partials / card.l2_bytes + 2 * LAUNCH
 
 
-def one_pass_seconds(device: Device | Card, shape: Shape, block_q: int) -> float:
-    """Predicted time of the one-pass forward with few queries in a row, whose tiles they do not fill."""
-    programs = shape.rows * shape.heads * math.ceil(shape.queries / block_q)
-    return _walk_seconds(card_of(device), shape, block_q, programs * sum(shape.lengths), programs) + LAUNCH
+def one_pass_seconds(device: Device | Card, shape: Shape, tile: Tile) -> float:
+    """Predicted time of the one-pass forward with few queries in a row.
+
+    The heads of a group are programs far apart, so each reads the own keys from memory anew.
+    """
+    programs = shape.rows * shape.heads * math.ceil(shape.queries / tile.queries)
+    memory = shape.shared_bytes + shape.own_bytes * shape.heads / shape.kv_heads + 2 * shape.query_bytes
+    walk = [(programs, sum(shape.lengths), tile.queries)]
+    return _walk_seconds(card_of(device), shape, walk, memory) + LAUNCH
 
 
-def _walk_seconds(card: Card, shape: Shape, block_q: int, walked: int, programs: int) -> float:
-    """Time for programs that read `walked` keys in all, each against `block_q` queries."""
-    flops = 4 * block_q * walked * shape.head_dim / (FORWARD_SHARE * _peak(card, shape))
-    l2 = 2 * walked * shape.head_dim * shape.element / card.l2_bytes
-    memory = (shape.shared_bytes + shape.own_bytes + 2 * shape.query_bytes) / card.memory_bytes
-    rounds = math.ceil(programs / (card.multiprocessors * OCCUPANCY)) * card.multiprocessors * OCCUPANCY
-    return max(max(flops, l2) * rounds / max(programs, 1), memory)
+def _walk_seconds(card: Card, shape: Shape, items: list[tuple[int, int, int]], memory: float) -> float:
+    """Time of programs, given as (number, keys that each walks, queries of its tile), that move `memory` bytes.
+
+    The longest programs come in rounds: a last round that leaves places empty takes as long as a full one.
+    """
+    keys = sum(number * length for number, length, _ in items)
+    scores = sum(number * length * queries for number, length, queries in items)
+    flops = 4 * scores * shape.head_dim / (FORWARD_SHARE * _peak(card, shape))
+    l2 = 2 * keys * shape.head_dim * shape.element / card.l2_bytes
+    longest = max(length for _, length, _ in items) * card.multiprocessors * OCCUPANCY  # keys of a round
+    rounds = math.ceil(keys / longest) * longest / keys
+    return max(max(flops, scores / card.exponentials, l2) * rounds, memory / card.memory_bytes)
 
 
 def fuses_short_prefix(device: Device, shape: Shape, index: int) -> bool:

@@ -1,22 +1,68 @@
-"""Launches the forward kernels."""
+"""Launches the forward kernels: one pass over each row's chain, or split by segments and merged."""
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
+from prefix_fast.backends import triton_decode
 from prefix_fast.backends.triton_call import Call, odd_strides_of, strides_of
-from prefix_fast.backends.triton_config import Tiles
+from prefix_fast.backends.triton_config import Tile, Tiles
+from prefix_fast.backends.triton_cost import Shape, Split, candidates, key_chunks
+
+KEYS_ALIKE = 128  # a cache that grows by one key a step changes its division once in so many steps
 
 
 def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
     """Write every element of out and of lse."""
+    split = choose_split(call, tiles)
+    if split is not None:
+        triton_decode.forward(call, tiles.split, split, out, lse)
+    else:
+        _one_pass(call, _tile_of_one_pass(call, tiles), out, lse)
+
+
+def choose_split(call: Call, tiles: Tiles) -> Split | None:
+    """How the split forward divides the call; None: one pass. A kernel on trial runs whatever the cost model says."""
+    if call.trial is not None:
+        return candidates(call.device, shape_of(call), tiles.split)[0] if call.trial == "split" else None
+    if call.problem.cu_seqlens_q is not None:
+        return None
+    return _choose(call.device, shape_of(call), tiles.split, tiles.few)
+
+
+_choose = functools.lru_cache(maxsize=1024)(key_chunks)
+
+
+def shape_of(call: Call) -> Shape:
+    """The static shape of a dense call, its own keys rounded up."""
+    problem = call.problem
+    keys = -(-call.max_keys // KEYS_ALIKE) * KEYS_ALIKE
+    sets = tuple(
+        (count, size if s.cu_seqlens is None else -(-size // max(count, 1)))
+        for s, (count, size) in zip(problem.sets, call.sizes, strict=False)
+    )
+    return Shape(
+        call.rows, call.heads, call.kv_heads, call.max_queries, keys, call.flags["D"],
+        problem.query.element_size(), sets, problem.is_causal, call.flags["PRECISION"] != "ieee",
+    )  # fmt: skip
+
+
+def _tile_of_one_pass(call: Call, tiles: Tiles) -> Tile:
+    """That for few queries where at most two of its tiles hold a row; of packed rows the longest is known, or not."""
+    longest = call.max_queries if call.problem.cu_seqlens_q is None else call.problem.max_seqlen_q
+    few = longest is not None and longest <= 2 * tiles.few.queries
+    return tiles.few if call.trial == "few" or (call.trial is None and few) else tiles.forward
+
+
+def _one_pass(call: Call, tile: Tile, out: Tensor, lse: Tensor) -> None:
     from prefix_fast.kernels.prefix_attention_fwd import forward_kernel
 
     packed = call.problem.cu_seqlens_q is not None
-    grid = (call.query_tiles(tiles.forward.queries), call.heads)
-    forward_kernel[grid](
+    forward_kernel[(call.query_tiles(tile.queries), call.heads)](
         query=call.problem.query, out=out, lse=lse, sinks=call.problem.sinks,
         query_strides=strides_of(call.problem.query, packed), out_strides=strides_of(out, packed),
         lse_strides=odd_strides_of(lse, packed),
-        **call.chain, **call.positions, **call.numbers, **call.flags, **call.launch(tiles.forward),
+        **call.chain, **call.positions, **call.numbers, **call.flags, **call.launch(tile),
     )  # fmt: skip
