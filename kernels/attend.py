@@ -39,7 +39,7 @@ def attend(
     SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys [low, high) of one segment to the state; scale > 0. `bias_rows` is where each query's bias begins."""
+    """Add the keys [low, high) of one segment to the state; scale > 0. `bias_rows` is where a query's bias begins."""
     output, maximum, total = state
     tile = tl.arange(0, BLOCK_K)
     for start in range(low, high, BLOCK_K):

@@ -61,6 +61,41 @@ def chunk_of(chunk, chunks, low, high, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _keys_of_tile(
+    unit, row, token, first_query, last_query, chunk, chunks, sets, odd_sizes, query_offset, fixed_offset,
+    offset_stride, window,
+    SET: tl.constexpr, SETS: tl.constexpr, IN_WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SLIDES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(first token, valid keys, positions of the queries, the four bounds of `key_bounds`, begin and end of the chunk).
+
+    Readers of a segment in the window differ in what they see of it, and a row's bits must not depend on its company:
+    every block that some of them see is masked, which changes nothing for those that see none of it.
+    """
+    _, _, _, lengths, cu_seqlens, _ = sets[SET]
+    _, size = sizes_of(odd_sizes, SET)
+    positions = token
+    if SET == SETS:
+        first_token, valid = span_of(unit, cu_seqlens, size)
+        offset = offset_of(unit, query_offset, fixed_offset, None, None, offset_stride)
+        positions = token + offset
+        low, full_low, full_high, high = key_bounds(
+            first_query + offset, last_query + offset, 0, valid, window, CAUSAL, SLIDES, BLOCK_K
+        )
+        begin, end = chunk_of(chunk, chunks, low, high, BLOCK_K)
+    else:
+        first_token, valid = valid_span_of(unit, lengths, cu_seqlens, size)
+        low, full_low, full_high, high = key_bounds(0, 0, 0, valid, window, False, False, BLOCK_K)
+        begin, end = chunk_of(chunk, chunks, low, high, BLOCK_K)
+        if SLIDES:
+            positions += offset_of(row, query_offset, fixed_offset, None, None, offset_stride)
+            positions += windowed_length(row, sets, odd_sizes, SET, SETS, IN_WINDOW)
+            low = tl.maximum(tl.min(positions) - window + 1, 0) // BLOCK_K * BLOCK_K
+            full_low = high
+    return first_token, valid, positions, low, full_low, full_high, high, begin, end
+
+
+@triton.jit
 def _item(
     tile, chunk, part, query, partial_out, partial_lse, order, starts, key_mask, query_offset, seed, sets, set_strides,
     odd_sizes, query_strides, mask_strides, offset_stride, num_rows, max_queries, fixed_offset, window, scale, softcap,
@@ -72,8 +107,8 @@ def _item(
     """One tile of queries against one chunk of keys of set SET, into partial result `part`."""
     OWN: tl.constexpr = SET == SETS
     SLIDES: tl.constexpr = WINDOW and (OWN or IN_WINDOW[SET])
-    key, value, _, lengths, cu_seqlens, bias = sets[SET]
-    count, size = sizes_of(odd_sizes, SET)
+    key, value, _, _, _, bias = sets[SET]
+    count, _ = sizes_of(odd_sizes, SET)
     strides = set_strides[SET]
     kv_head = tl.program_id(1)
     width = max_queries * GROUP
@@ -93,35 +128,19 @@ def _item(
         q, scale = with_positive_scale(q, scale)
         bias_rows = q_rows
         if bias is not None:
-            bias_rows = row64 * strides[6] + head64 * strides[7] + token * strides[8]
+            bias_rows = row64 * strides[6] + head64 * strides[7] + token.to(tl.int64) * strides[8]
         dropout = (0, 0, 0)
         if DROPOUT:
             stream = row * (tl.num_programs(1) * GROUP) + head
             dropout = (tl.load(seed), stream[:, None], threshold)
 
-        positions = token
         mask = None
-        if OWN:
-            first_token, valid = span_of(unit, cu_seqlens, size)
-            offset = offset_of(unit, query_offset, fixed_offset, None, None, offset_stride)
-            positions = token + offset
-            low, full_low, full_high, high = key_bounds(
-                first_query // GROUP + offset, last_query // GROUP + offset, 0, valid, window, CAUSAL, SLIDES, BLOCK_K
-            )
-            begin, end = chunk_of(chunk, chunks, low, high, BLOCK_K)
-            if key_mask is not None:
-                mask = key_mask + unit.to(tl.int64) * even(mask_strides[0])
-        else:
-            first_token, valid = valid_span_of(unit, lengths, cu_seqlens, size)
-            low, full_low, full_high, high = key_bounds(0, 0, 0, valid, window, False, False, BLOCK_K)
-            begin, end = chunk_of(chunk, chunks, low, high, BLOCK_K)
-            if SLIDES:
-                # Readers differ in what they see, and a row's bits must not depend on its company: every block of keys
-                # is masked, and those that some of the readers see are walked; a block changes nothing for the others.
-                positions += offset_of(row, query_offset, fixed_offset, None, None, offset_stride)
-                positions += windowed_length(row, sets, odd_sizes, SET, SETS, IN_WINDOW)
-                low = tl.maximum(tl.min(positions) - window + 1, 0) // BLOCK_K * BLOCK_K
-                full_low = high
+        if OWN and key_mask is not None:
+            mask = key_mask + unit.to(tl.int64) * even(mask_strides[0])
+        first_token, valid, positions, low, full_low, full_high, high, begin, end = _keys_of_tile(
+            unit, row, token, first_query // GROUP, last_query // GROUP, chunk, chunks, sets, odd_sizes, query_offset,
+            fixed_offset, offset_stride, window, SET, SETS, IN_WINDOW, CAUSAL, SLIDES, BLOCK_K,
+        )  # fmt: skip
         unit64, kv_head64 = unit.to(tl.int64), kv_head.to(tl.int64)
         key_base = key + unit64 * strides[0] + kv_head64 * strides[1] + first_token * strides[2]
         value_base = value + unit64 * strides[3] + kv_head64 * strides[4] + first_token * strides[5]
@@ -145,9 +164,7 @@ def _item(
         tl.store(partial_lse + slots, level, mask=valid_queries)
 
 
-@triton.jit(do_not_specialize=[
-    "num_rows", "max_queries", "fixed_offset", "window", "threshold",
-])  # fmt: skip
+@triton.jit(do_not_specialize=["num_rows", "max_queries", "fixed_offset", "window", "threshold"])
 def split_forward_kernel(
     query, partial_out, partial_lse, readers, key_mask, query_offset, cu_seqlens_q, seed,
     sets, set_strides, odd_sizes, query_strides, mask_strides, offset_stride,

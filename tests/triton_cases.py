@@ -15,10 +15,15 @@ from triton_harness import Machine, words
 from prefix_fast import testing
 from prefix_fast.backends import triton
 from prefix_fast.backends.problem import Grads, Problem, make_plan
+from prefix_fast.backends.triton_config import Tile
+from prefix_fast.backends.triton_vetting import Trial
 from prefix_fast.testing import Case, float_tensors, make_problem, truth, with_float_tensors
 
 TOKENS = (0, 1, 2, 5, 17, 31, 32, 33, 47, 63, 64, 65)  # around the interpreter's tile of 32, and primes
 MOST_PROGRAMS = 12  # rows × heads × query tiles
+PATHS = (
+    None, Trial("few", Tile(16, 32, 1, 1)), *(Trial("split", Tile(queries, 32, 1, 1)) for queries in (16, 32, 64)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Call:
     grad_out: str = "dense"  # sliced, permuted, sum (all equal, stride 0)
     grad_lse: bool = True
     unwanted: tuple[str, ...] = ()  # gradients that are not asked for
+    path: Trial | None = None  # the forward kernel and its tile; None: the cost model's choice
 
     def __str__(self) -> str:
         default = Call(self.case)
@@ -61,6 +67,7 @@ def random_call(seed: int, dtype: torch.dtype) -> Call:
         integers=choose.choice(["int64", "int32", "strided"]), plan=choose.random() < 0.5,
         grad_out=choose.choice(["dense", "dense", "sliced", "permuted", "sum"]), grad_lse=choose.random() < 0.6,
         unwanted=tuple(name for name in names if choose.random() < 0.5) if choose.random() < 0.25 else (),
+        path=choose.choice(PATHS[: 2 if case.packed else None]),
     )  # fmt: skip
 
 
@@ -212,7 +219,7 @@ def run(call: Call, order: int | None = None) -> dict[str, Tensor]:
     }
     of_sets = tuple((grads[f"segment{i}.key"], grads[f"segment{i}.value"]) for i in range(len(problem.sets)))
     with machine.running():
-        triton.forward(problem, out, lse)
+        triton.forward(problem, out, lse, call.path)
         triton.backward(
             problem, out, lse, grad_out, given_lse, Grads(grads["query"], grads["key"], grads["value"], of_sets)
         )

@@ -43,8 +43,14 @@ def _dkv_own(launch: Launch) -> tuple[str, ...]:
     return ("own diagonal", "own", *(("own window",) if launch.constant("WINDOW") else ()))
 
 
+def _split(launch: Launch) -> tuple[str, ...]:
+    return ("prefix", "prefix tail", "own keys", "own edge")  # own tokens have tiles of another size
+
+
 ENTRIES = (
     Entry("forward", "forward_kernel", _row_major, "forward_kernel"),
+    Entry("split", "split_forward_kernel", _split, "forward_kernel"),
+    Entry("merge", "merge_kernel"),
     Entry("dq", "dq_kernel", _row_major, "dq_kernel"),
     Entry("dkv prefix", "dkv_kernel", lambda launch: ("prefix",), "dkv_kernel", _of_prefix),
     Entry("dkv own", "dkv_kernel", _dkv_own, "dkv_kernel", lambda launch: not _of_prefix(launch)),
@@ -130,12 +136,23 @@ def call_of(
     return Call(Shape(*HEADS[D], D, dtype=dtype, **sizes), precision, safe, option, kernels)
 
 
+def decode_of(D: int, B: int = 64, T: int = 1, **rest: Any) -> Call:
+    """A call of few queries against a long prefix, which the forward pass splits."""
+    return call_of(D, B=B, T=T, Tk=512, P=8192, kernels=("split", "merge"), **rest)
+
+
 CALLS = (
     *(call_of(D) for D in HEADS),
     call_of(64, torch.float16),
     *(call_of(D, safe=True) for D in (64, 128, 256)),
     *(call_of(D, prefix_dtype=torch.float32) for D in (64, 128)),
     *(call_of(D, torch.float32, precision) for D in (64, 128, 256) for precision in ("highest", "high", "medium")),
+    *(decode_of(D) for D in HEADS),
+    *(decode_of(D, 8, T) for D in (64, 128) for T in (1, 8)),
+    decode_of(128, safe=True),
+    decode_of(128, prefix_dtype=torch.float32),
+    *(decode_of(128, dtype=torch.float32, precision=precision) for precision in ("highest", "high")),
+    *(call_of(D, B=4, T=1, Tk=64, P=16, kernels=("forward",)) for D in HEADS),
 )
 SPECIAL_CALLS = (*(call_of(D, N=8) for D in (64, 128)), *(call_of(64, option=option) for option in OPTIONS))
 CONFIGURATIONS = (
