@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from launches import Launch, launches_of, plain_launch, problem_of
 from machine_code import Code, Loop, analyse
-from registry import COUNTERPARTS, PLAIN_LOOPS, UNMASKED, Call, Entry, call_named, entry_of
+from registry import COUNTERPARTS, PLAIN_LOOPS, UNMASKED, Call, Entry, call_named, entry_named, entry_of
 
 from prefix_fast.backends.triton_config import Device, Tile, Tiles, every_kernel, safe_tiles
 from prefix_fast.backends.triton_vetting import Kind
@@ -88,11 +88,13 @@ class Work:
 
 def works_of(call: Call, architecture: str, chosen: str | None = None, tile: Tile | None = None) -> list[Work]:
     """The kernels of a call; `chosen` limits them to one entry, `tile` replaces the table's configuration."""
+    problem = problem_of(call.shape, **call.options)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(call.precision)
-    problem = problem_of(call.shape, **call.options)
-    launches = launches_of(problem, architecture, _choice(call, tile))
-    torch.set_float32_matmul_precision(before)
+    try:
+        launches = launches_of(problem, architecture, _choice(call, tile))
+    finally:
+        torch.set_float32_matmul_precision(before)
     found: dict[str, Work] = {}
     for launch in launches:
         entry = entry_of(launch)
@@ -178,7 +180,7 @@ def faults_of(row: Row) -> list[str]:
         faults.append(f"stack {row.stack}")
     if row.shared > limits.shared:
         faults.append(f"shared {row.shared} > {limits.shared}")
-    if not queries * keys:
+    if not entry_named(row.kernel).multiplies:
         return faults
     if max(queries, keys) >= 64 and row.registers < LEAST_REGISTERS:
         faults.append(f"{row.registers} registers")

@@ -28,6 +28,11 @@ class Entry:
     plain: str | None = None
     chosen: Callable[[Launch], bool] = lambda launch: True
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is made of matrix products."""
+        return self.loops is not _no_loops
+
 
 def _of_prefix(launch: Launch) -> bool:
     return launch.constant("SET") < launch.constant("SETS")
@@ -64,6 +69,11 @@ PLAIN_LOOPS = {
 }  # fmt: skip
 COUNTERPARTS = {"prefix": "own", "own": "own", "own diagonal": "own diagonal"}
 UNMASKED = {"prefix": "prefix tail", "own": "own diagonal"}  # and the loop that does the same with a mask
+
+
+def entry_named(name: str) -> Entry:
+    """The entry of that name; raises StopIteration where there is none."""
+    return next(entry for entry in ENTRIES if entry.name == name)
 
 
 def entry_of(launch: Launch) -> Entry:

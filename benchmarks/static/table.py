@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,12 @@ from registry import CONFIGURATIONS, ENTRIES, Call
 FOLDER = Path(__file__).resolve().parent
 JSON, MARKDOWN = FOLDER / "table.json", FOLDER / "table.md"
 PROCESSES = 2
+PREFACE = """
+Made by `make bench-static` with Triton {}; nothing here ran on a device. Tile: queries × keys (0: the kernel has no
+such block), warps, stages. Occupancy: programs that fit on a multiprocessor together. Loops: instructions / matrix
+instructions, and in parentheses the instructions per matrix instruction against plain flash attention
+(`plain_flash.py`) compiled for the same tile. In fp32-ieee on NVIDIA, multiply-adds stand for matrix instructions.
+"""
 Key = tuple[str, str, str]
 
 
@@ -24,7 +31,7 @@ def load() -> tuple[str, dict[Key, Row]]:
     """The release of Triton that the table was made with, and its rows."""
     if not JSON.exists():
         return "", {}
-    stored = json.loads(JSON.read_text())
+    stored = json.loads(JSON.read_text(encoding="utf-8"))
     rows = [
         Row(**{**row, "tile": tuple(row["tile"]), "loops": {k: tuple(v) for k, v in row["loops"].items()}})
         for row in stored["rows"]
@@ -61,6 +68,9 @@ def regenerate(targets: tuple[str, ...] = TARGETS) -> Iterator[tuple[bool, Row]]
     try:
         with multiprocessing.get_context("fork").Pool(PROCESSES, torch.set_num_threads, (1,)) as pool:
             for found in pool.imap_unordered(_fresh, tasks):
+                first = found[0][1]
+                for key in [key for key in rows if key[:2] == (first.architecture, first.call)]:
+                    del rows[key]
                 for compiled, row in found:
                     rows[row.architecture, row.call, row.kernel] = row
                     yield compiled, row
@@ -72,20 +82,13 @@ def store(rows: list[Row]) -> None:
     """Write both files."""
     head = json.dumps({"triton": triton.__version__})[:-1]
     lines = ",\n".join("  " + json.dumps(asdict(row), ensure_ascii=False) for row in rows)
-    JSON.write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
-    MARKDOWN.write_text("\n".join(markdown(rows)) + "\n")
+    JSON.write_text(f'{head}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    MARKDOWN.write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
 
 
 def markdown(rows: list[Row]) -> list[str]:
     """A section for each architecture."""
-    lines = [
-        "# Machine code of the Triton kernels",
-        "",
-        f"Made by `make bench-static` with Triton {triton.__version__}; nothing here ran on a device. Tile: queries ×"
-        "keys, warps, stages. Occupancy: programs that fit on a multiprocessor together. Loops: instructions / matrix",
-        "instructions, and in parentheses the instructions per matrix instruction relative to plain flash attention",
-        "(`plain_flash.py`) compiled for the same tile. In fp32-ieee, multiply-adds stand for matrix instructions.",
-    ]
+    lines = ["# Machine code of the Triton kernels", "", *textwrap.wrap(PREFACE.format(triton.__version__), 120)]
     for target in TARGETS:
         lines += [
             "",
