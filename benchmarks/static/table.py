@@ -88,7 +88,11 @@ def store(rows: list[Row]) -> None:
 
 def markdown(rows: list[Row]) -> list[str]:
     """A section for each architecture."""
-    lines = ["# Machine code of the Triton kernels", "", *textwrap.wrap(PREFACE.format(triton.__version__), 120)]
+    lines = [
+        "# Machine code of the Triton kernels",
+        "",
+        *textwrap.wrap(PREFACE.strip().format(triton.__version__), 120),
+    ]
     for target in TARGETS:
         lines += [
             "",
