@@ -19,7 +19,7 @@ from prefix_fast.kernels.primitives import (
     logits_of,
     online_softmax_update,
 )
-from prefix_fast.kernels.row_major import add_bias, hide, present_keys
+from prefix_fast.kernels.row_major import add_bias, hide, present_keys, tokens_of
 
 
 @triton.jit
@@ -40,13 +40,15 @@ def attend(
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [low, high) of one segment to the state; scale > 0. `bias_rows` is where a query's bias begins."""
+    HOLES: tl.constexpr = key_mask is not None
     output, maximum, total = state
     tile = tl.arange(0, BLOCK_K)
     for start in range(low, high, BLOCK_K):
         keys = start + tile
         first = tl.cast(start, tl.int64)
         present = present_keys(keys, valid, key_mask, mask_stride)
-        k = load_rows(key + first * strides[2], strides[2], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
+        tokens = tokens_of(tile, valid - start, EDGES)
+        k = load_rows(key + first * strides[2], strides[2], tokens, dims, present, HOLES, D, BLOCK_D).to(q.dtype)
         logits, unit, _ = logits_of(dot(q, tl.trans(k), PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)
         logits = add_bias(logits, bias, 1, strides[9], bias_rows, keys, valid_queries, present, NATURAL)
         logits = hide(logits, -INFINITY, keys, positions, present, begin, window, EDGES, MASKED, CAUSAL, WINDOW)
@@ -54,7 +56,7 @@ def attend(
         if DROPOUT:
             kept = kept_rows(dropout[0], queries, start, dropout[1], SET, dropout[2], BLOCK_K)
             weights = tl.where(kept, weights, 0.0)
-        v = load_rows(value + first * strides[5], strides[5], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
+        v = load_rows(value + first * strides[5], strides[5], tokens, dims, present, HOLES, D, BLOCK_D).to(q.dtype)
         output = dot_add(weights.to(q.dtype), v, output * factor[:, None], PRECISION, UPCAST)
     return output, maximum, total
 

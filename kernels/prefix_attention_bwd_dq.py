@@ -22,7 +22,16 @@ from prefix_fast.kernels.primitives import (
     offset_of,
     scratch_start,
 )
-from prefix_fast.kernels.row_major import add_bias, hide, key_bounds, open_set, part_of, present_keys, query_tile
+from prefix_fast.kernels.row_major import (
+    add_bias,
+    hide,
+    key_bounds,
+    open_set,
+    part_of,
+    present_keys,
+    query_tile,
+    tokens_of,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_queries", "capacity"])
@@ -68,13 +77,15 @@ def _descend(
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add Σ_j ds_ij k_j over the keys [low, high) of one segment."""
+    HOLES: tl.constexpr = key_mask is not None
     tile = tl.arange(0, BLOCK_K)
     for start in range(low, high, BLOCK_K):
         keys = start + tile
         first = tl.cast(start, tl.int64)
         present = present_keys(keys, valid, key_mask, mask_stride)
-        k = load_rows(key + first * strides[2], strides[2], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
-        v = load_rows(value + first * strides[5], strides[5], tile, dims, present, MASKED, D, BLOCK_D).to(q.dtype)
+        tokens = tokens_of(tile, valid - start, EDGES)
+        k = load_rows(key + first * strides[2], strides[2], tokens, dims, present, HOLES, D, BLOCK_D).to(q.dtype)
+        v = load_rows(value + first * strides[5], strides[5], tokens, dims, present, HOLES, D, BLOCK_D).to(q.dtype)
         product = dot(q, tl.trans(k), PRECISION, UPCAST)
         logits, unit, slope = logits_of(product, scale, softcap, SOFTCAP, NATURAL)
         logits = add_bias(logits, bias, strides[8], strides[9], queries, keys, valid_queries, present, NATURAL)

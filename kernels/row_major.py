@@ -100,6 +100,15 @@ def present_keys(keys, valid, key_mask, mask_stride):
 
 
 @triton.jit
+def tokens_of(tile, count, EDGES: tl.constexpr):
+    """Rows to load of a tile of which `count` exist: the last again in place of those past it, which needs no mask.
+
+    Nor does it keep the rows' addresses, the same as those of the loop without edges, in registers from there to here.
+    """
+    return tl.minimum(tile, count - 1) if EDGES else tile
+
+
+@triton.jit
 def hide(
     scores, hidden, keys, positions, present, begin, window, EDGES: tl.constexpr, MASKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
