@@ -63,7 +63,17 @@ def test_every_wrong_kernel_is_seen(root: Path) -> None:
     assert "0 survivors" in run_module(root, "triton_mutants")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_corner_cases_agree_with_the_oracle(dtype: str, root: Path) -> None:
+    assert "0 failures" in run_module(root, "triton_cases", dtype, "corners")
+
+
 def test_offsets_beyond_int32_reach_the_same_numbers(root: Path) -> None:
+    assert "0 failures" in run_module(root, "triton_far", "rows", "key heads", "long rows", "bias keys")
+
+
+@pytest.mark.slow
+def test_all_offsets_beyond_int32_reach_the_same_numbers(root: Path) -> None:
     assert "0 failures" in run_module(root, "triton_far")
 
 

@@ -33,7 +33,7 @@ class Far:
 _ROWS = Case(B=4, H=2, Hkv=2, Tq=5, Tk=5, N=4, P=5, ids="random", dtype=torch.float16, seed=1)
 _HEADS = Case(B=1, H=4, Hkv=4, Tq=5, Tk=5, P=5, dtype=torch.float16, seed=2)
 _TOKENS = Case(B=1, H=1, Hkv=1, Tq=33, Tk=33, P=33, dtype=torch.float16, seed=3)
-_PACKED = Case(B=3, H=1, Hkv=1, Tq=9, Tk=9, N=3, P=9, ids="random", packed=True, packed_segments=True,
+_PACKED = Case(B=20, H=1, Hkv=1, Tq=17, Tk=17, N=20, P=17, ids="random", packed=True, packed_segments=True,
                dtype=torch.float16, seed=4)  # fmt: skip
 _MASKED = Case(B=1, H=2, Hkv=1, Tq=5, Tk=34, P=33, key_mask="scattered", attn_bias=True, options={"segment_bias": True},
                dtype=torch.float16, seed=5)  # fmt: skip
@@ -54,8 +54,8 @@ CALLS = {
         dict.fromkeys((*_QUERIES, *_KEYS), 2),
         2**24 - 16,
     ),
-    "packed tokens": Far(_PACKED, dict.fromkeys(_QUERIES, 0), 2**27 + 16),
-    "packed keys": Far(_PACKED, dict.fromkeys((*_KEYS, *_OWN_GRADS), 0), 2**27 + 16),
+    "packed tokens": Far(_PACKED, dict.fromkeys(_QUERIES, 0), 2**24 - 16),
+    "packed keys": Far(_PACKED, dict.fromkeys((*_KEYS, *_OWN_GRADS), 0), 2**24 - 16),
     "bias queries": Far(_MASKED, {"attn_bias": 2, "bias0": 2}, 2**29 + 16),
     "offsets": Far(replace(_ROWS, query_offset="rows"), {"query_offset": 0}, _BILLION),
     "bias keys": Far(_MASKED, {"attn_bias": 3, "bias0": 3, "key_mask": 1}, 2**26 + 16),

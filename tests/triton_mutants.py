@@ -52,6 +52,7 @@ class Mutant(NamedTuple):
     new: str
     after: str = ""
     kind: str = "any"
+    corner: bool = False  # begin with the corner cases
     far: tuple[str, ...] = ()  # calls in far memory that try it instead
 
 
@@ -110,12 +111,12 @@ MUTANTS = [
     Mutant(_FORWARD, "kv_head = head // GROUP", "kv_head = head % (tl.num_programs(1) // GROUP)", kind="group"),
     Mutant(_DQ, "kv_head = head // GROUP", "kv_head = head % (tl.num_programs(1) // GROUP)", kind="group"),
     Mutant(_DKV, "kv_head * GROUP + pair % GROUP", "kv_head + pair % GROUP", kind="group"),
-    Mutant(_DKV, "tl.load(order + row)", "row", kind="ids"),
+    Mutant(_DKV, "tl.load(order + row)", "row", corner=True),
     Mutant(_KEYS, "tl.load(starts + unit + 1).to(tl.int32) - first",
            "tl.load(starts + unit + 1).to(tl.int32) - first - 1", kind="ids"),
     Mutant(_DKV, "split * share + share, pairs)", "split * share + share - 1, pairs)"),
     Mutant(_DKV, "tl.cdiv(tl.cdiv(max_queries, BLOCK_Q), query_splits)",
-           "(tl.cdiv(max_queries, BLOCK_Q) // query_splits)"),
+           "(tl.cdiv(max_queries, BLOCK_Q) // query_splits)", corner=True),
     Mutant(_DKV, "range(parts)", "range(1, parts)"),
     Mutant(_DKV, "to(target.dtype.element_ty), mask=index < count", "to(target.dtype.element_ty), mask=index >= 0"),
     Mutant(_ROWS, "kv_head.to(tl.int64) * strides[4]", "kv_head.to(tl.int64) * strides[1]"),
@@ -123,7 +124,7 @@ MUTANTS = [
     Mutant(_DKV, "load_rows(v_base, strides[5]", "load_rows(v_base, strides[2]"),
     Mutant(_FORWARD, "head.to(tl.int64) * set_strides[SET][7]",
            "head.to(tl.int64) * set_strides[SET][6]", kind="bias"),
-    Mutant(_DKV, "row64 * strides[6]", "row64 * 0", kind="bias"),
+    Mutant(_DKV, "row64 * strides[6]", "row64 * 0", corner=True),
     Mutant(_PRIMITIVES, "row * PADDING", "row", kind="packed"),
     Mutant(_PRIMITIVES, "return low, tile - begins", "return low, tile - begins + 1", kind="packed"),
     Mutant(_FORWARD, "tl.store(lse_base + tile * lse_strides[2], result, mask=valid_queries)",
@@ -183,9 +184,9 @@ def killer(mutant: Mutant) -> str:
 
     checks = [(f"far {name}", triton_far.check, triton_far.CALLS[name]) for name in mutant.far]
     if not mutant.far:
-        calls = ((seed, triton_cases.random_call(seed, torch.float32)) for seed in SEEDS)
-        fitting = ((seed, call) for seed, call in calls if KINDS[mutant.kind](call))
-        checks = ((f"seed {seed}", triton_cases.check, call) for seed, call in itertools.islice(fitting, TRIES))
+        random_calls = (triton_cases.random_call(seed, torch.float32) for seed in SEEDS)
+        calls = itertools.chain(triton_cases.CORNERS if mutant.corner else (), filter(KINDS[mutant.kind], random_calls))
+        checks = ((str(call.case.seed), triton_cases.check, call) for call in itertools.islice(calls, TRIES))
     for name, check, call in checks:
         try:
             check(call)
