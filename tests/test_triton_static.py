@@ -37,7 +37,10 @@ SAMPLE = [
     ("gfx942", "D64 bf16", "dkv prefix"),
 ]
 same_release = pytest.mark.skipif(
-    triton.__version__ != RELEASE, reason=f"the table is of Triton {RELEASE}; another compiles to other code"
+    triton.__version__ != RELEASE,
+    reason=f"the table is of Triton {RELEASE}; another compiles to other code"
+    if RELEASE
+    else "run `make bench-static`",
 )
 
 
