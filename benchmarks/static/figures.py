@@ -117,7 +117,7 @@ def _choice(call: Call, tile: Tile | None) -> Callable[[Device, Kind], Tiles] | 
 def row_of(work: Work) -> Row:
     """Compile a kernel, and the plain one beside it."""
     kernel = work.launch.compile()
-    code = analyse(kernel)
+    code = analyse(kernel, work.entry.multiplies)
     tile, shared = work.launch.tile, kernel.metadata.shared
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     return Row(
@@ -147,7 +147,7 @@ _PLAIN: dict[str, dict[str, Loop]] = {}  # several rows have the same rival
 
 def _plain_loops(launch: Launch) -> dict[str, Loop]:
     if launch.fingerprint not in _PLAIN:
-        loops, names = analyse(launch.compile()).loops, PLAIN_LOOPS[launch.kernel]
+        loops, names = analyse(launch.compile(), True).loops, PLAIN_LOOPS[launch.kernel]
         if len(loops) == 1:  # the diagonal is a single tile
             names = ("own",)
         _PLAIN[launch.fingerprint] = dict(zip(names, loops, strict=True)) if len(names) == len(loops) else {}

@@ -41,11 +41,6 @@ class Loop:
     matrix: int
     work: float  # multiply-accumulates of the matrix instructions; their number where they do not name their shape
 
-    @property
-    def cost(self) -> float:
-        """Instructions per matrix instruction."""
-        return self.instructions / self.matrix
-
 
 @dataclass(frozen=True)
 class Code:
@@ -56,34 +51,33 @@ class Code:
     spills: int  # local loads and stores
     spills_in_loops: int
     matrix: int  # instructions for tensor or matrix cores
-    instructions: int
     loops: tuple[Loop, ...]  # in the order of the code
 
 
-def analyse(kernel: CompiledKernel) -> Code:
-    """The figures of a compiled kernel."""
+def analyse(kernel: CompiledKernel, products: bool) -> Code:
+    """The figures of a compiled kernel. One without products and without a stack has no loop or spill to be found."""
     if "cubin" in kernel.asm:
-        listing = _disassembled(kernel.asm["cubin"])
-        program = parse_sass(listing)
-        registers, stack = (int(re.search(rf"\b{name}:(\d+)", listing)[1]) for name in ("REG", "STACK"))
+        usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
+        registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        program = parse_sass(_cuobjdump(kernel.asm["cubin"], "-sass")) if products or stack else []
     else:
         listing = kernel.asm["amdgcn"]
         program = parse_amd(listing)
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1])
         stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", listing)[1])
-    bodies = natural_loops(program)
+    bodies = natural_loops(program) if program else []
     looping = set().union(*bodies)
     return Code(
         registers, stack, sum(map(is_spill, program)), sum(is_spill(program[i]) for i in looping),
-        sum(map(is_matrix, program)), len(program), tuple(matrix_loops(program, bodies)),
+        sum(map(is_matrix, program)), tuple(matrix_loops(program, bodies)),
     )  # fmt: skip
 
 
-def _disassembled(cubin: bytes) -> str:
+def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
