@@ -185,15 +185,16 @@ def _failure(device: torch.device, configuration: Configuration, tile: Tile) -> 
 
 
 def make_problem(case: Case, kind: Kind, device: torch.device | str) -> Problem:
-    """The call of a case. Where random ids, lengths and masks could leave work out, these leave no segment unread."""
+    """The call of a case. Random ids, lengths and masks could leave work out; these leave one row without a segment."""
     prefix_dtype = torch.float32 if kind.mixed else None
     problem = testing.make_problem(replace(case, dtype=kind.dtype, prefix_dtype=prefix_dtype), device)
     rows, segments = torch.arange(case.B, device=device), torch.arange(case.N, device=device)
     if case.key_mask != "none":
-        padding = 11 * (rows + 1)
+        padding = 5 * (rows + 1)
         problem = replace(problem, key_mask=torch.arange(case.Tk, device=device) >= padding[:, None])
     if case.ids != "none":
-        sets = tuple(replace(s, ids=rows % case.N, lengths=case.P - 11 * segments) for s in problem.sets)
+        ids = torch.where(rows < case.B - 1, rows % case.N, -1)
+        sets = tuple(replace(s, ids=ids, lengths=case.P - 11 * segments) for s in problem.sets)
         problem = replace(problem, sets=sets)
     return problem
 
@@ -251,7 +252,7 @@ def _cases_by_row(tile: Tile, block_d: int) -> list[Case]:
     """Masks, lengths and a bank; the loops without a mask; packed rows of two sets, a ragged head dim, dropout."""
     tokens, prefix = 2 * max(tile.queries, tile.keys) + 13, 2 * tile.keys + 9
     return [
-        Case(B=3, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, P=prefix, D=block_d, ids="random", lengths="random",
+        Case(B=4, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, P=prefix, D=block_d, ids="random", lengths="random",
              key_mask="left"),
         Case(B=1, H=2, Hkv=2, Tq=tokens + tile.keys, Tk=tokens + tile.keys, P=prefix + tile.keys, D=block_d),
         Case(B=3, H=2, Hkv=1, Tq=tokens, Tk=tokens, P=prefix, D=block_d * 3 // 4, packed=True, num_sets=2,
@@ -259,8 +260,21 @@ def _cases_by_row(tile: Tile, block_d: int) -> list[Case]:
     ]  # fmt: skip
 
 
+def _cases_of_few_queries(tile: Tile, block_d: int) -> list[Case]:
+    """Several tiles of the queries that read one segment; a single one, without masks; two sets, ragged, dropout."""
+    tokens, prefix, rows = 2 * tile.keys + 13, 3 * tile.keys + 9, 2 * (tile.queries // 6 + 1) + 1
+    return [
+        Case(B=rows, H=4, Hkv=1, Tq=3, Tk=tokens, N=2, P=prefix, D=block_d, ids="random", lengths="random",
+             key_mask="left"),
+        Case(B=3, H=2, Hkv=2, Tq=1, Tk=tokens, P=prefix, D=block_d),
+        Case(B=2, H=4, Hkv=2, Tq=7, Tk=tokens, P=prefix, D=block_d * 3 // 4, num_sets=2, dropout_p=0.2),
+    ]  # fmt: skip
+
+
 _CHECKED: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[Tile, int], list[Case]]]] = {
     "forward": (_run_forward, _cases_by_row),
+    "few": (_run_forward, _cases_by_row),
+    "split": (_run_forward, _cases_of_few_queries),
     "dq": (_run_dq, _cases_by_row),
     "dkv": (_run_dkv, _cases_by_row),
 }

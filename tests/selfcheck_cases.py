@@ -7,7 +7,12 @@ import warnings
 
 import pytest
 import torch
-from prefix_fast.kernels import prefix_attention_bwd_dkv, prefix_attention_bwd_dq, prefix_attention_fwd
+from prefix_fast.kernels import (
+    prefix_attention_bwd_dkv,
+    prefix_attention_bwd_dq,
+    prefix_attention_fwd,
+    prefix_attention_split_fwd,
+)
 
 from prefix_fast import prefix_attention, selfcheck, testing
 from prefix_fast.backends import triton_vetting
@@ -17,10 +22,18 @@ from prefix_fast.testing import Case
 KIND = Kind(16, torch.float32, "ieee", False)
 KERNELS = {
     "forward": (prefix_attention_fwd, "forward_kernel", "lse"),
+    "few": (prefix_attention_fwd, "forward_kernel", "lse"),
+    "split": (prefix_attention_split_fwd, "split_forward_kernel", "partial_lse"),
     "dq": (prefix_attention_bwd_dq, "dq_kernel", "grad_query"),
     "dkv": (prefix_attention_bwd_dkv, "dkv_kernel", "grad_key"),
 }
 TABLE_WARPS, SAFE_WARPS = 1, 4
+CALLS = {  # that run a kernel
+    "forward": Case(B=1, H=1, Hkv=1, Tq=70, Tk=5, P=3, D=16),
+    "split": Case(B=4, H=2, Hkv=2, Tq=1, Tk=70, P=70, D=16),
+    "dq": Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=3, D=16),
+    "dkv": Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=3, D=16),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +71,12 @@ def tamper(monkeypatch, kernel, fault, warps=(TABLE_WARPS,)):
 
 
 @pytest.fixture
-def first_case_only(monkeypatch):
+def one_case_only(monkeypatch):
     for kernel, (run_kernel, cases) in list(selfcheck._CHECKED.items()):
-        monkeypatch.setitem(selfcheck._CHECKED, kernel, (run_kernel, lambda *tile, cases=cases: cases(*tile)[:1]))
+        monkeypatch.setitem(selfcheck._CHECKED, kernel, (run_kernel, lambda *tile, cases=cases: cases(*tile)[1:2]))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [pytest.param("few", id="slow-few"), *(name for name in KERNELS if name != "few")])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -80,10 +93,10 @@ def test_right_kernels_pass(kernel, kind):
     assert getattr(triton_vetting.tiles_of_call(None, kind), kernel).warps == TABLE_WARPS
 
 
-@pytest.mark.usefixtures("first_case_only")
+@pytest.mark.usefixtures("one_case_only")
 @pytest.mark.parametrize(
     ("kernel", "fault"),
-    [("forward", "inexact"), ("forward", "raises"), ("dq", "inexact"), ("dq", "unwritten"), ("dkv", "inexact")],
+    [("forward", "raises"), ("split", "inexact"), ("dq", "inexact"), ("dq", "unwritten"), ("dkv", "inexact")],
 )
 def test_a_wrong_kernel_is_recorded_and_its_safe_tile_takes_over_with_one_warning(monkeypatch, kernel, fault):
     tampered = tamper(monkeypatch, kernel, fault)
@@ -95,14 +108,14 @@ def test_a_wrong_kernel_is_recorded_and_its_safe_tile_takes_over_with_one_warnin
 
     triton_vetting._verdicts.clear()  # what follows is read from disk
     tampered.launched.clear()
-    problem = testing.make_problem(Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=3, D=16))
+    problem = testing.make_problem(CALLS[kernel])
     with pytest.warns(UserWarning, match=f"the triton configuration {configuration} wrong on interpreter"):
         testing.check(problem, "triton")
     testing.check(problem, "triton")  # a second warning would be an error
     assert set(tampered.launched) == {SAFE_WARPS}
 
 
-@pytest.mark.usefixtures("first_case_only")
+@pytest.mark.usefixtures("one_case_only")
 def test_a_kernel_that_is_wrong_with_its_safe_tile_too_is_refused(monkeypatch):
     tamper(monkeypatch, "forward", "unwritten", (TABLE_WARPS, SAFE_WARPS))
     configuration = Configuration("forward", KIND)
@@ -115,12 +128,14 @@ def test_a_kernel_that_is_wrong_with_its_safe_tile_too_is_refused(monkeypatch):
         prefix_attention(query, query, query, prefix, prefix)
 
 
-@pytest.mark.usefixtures("first_case_only")
+@pytest.mark.usefixtures("one_case_only")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_kernel_is_judged_alone(monkeypatch, kernel):
     """A wrong kernel fails none of the others: they get their inputs from the truth."""
     for other in KERNELS:
-        if other != kernel:
+        if KERNELS[other] != KERNELS[kernel]:
             tamper(monkeypatch, other, "raises", (TABLE_WARPS, SAFE_WARPS))
+    tried = tamper(monkeypatch, kernel, "none")
     configuration = Configuration(kernel, KIND)
     assert selfcheck.run("cpu", [configuration])[configuration].failure is None
+    assert set(tried.launched) == {TABLE_WARPS}

@@ -214,7 +214,7 @@ def tiles_of_the_table():
     return sorted(tiles)
 
 
-@pytest.mark.parametrize("kernel", selfcheck._CHECKED)
+@pytest.mark.parametrize("kernel", ["forward", "few", "dq", "dkv"])
 def test_checks_cover_several_tiles_each_way_and_ragged_ends(kernel):
     for name, block_d, tile in tiles_of_the_table():
         if name != kernel:
@@ -228,11 +228,24 @@ def test_checks_cover_several_tiles_each_way_and_ragged_ends(kernel):
             assert all(s.key.shape[2] > 2 * tile.keys and s.key.shape[2] % tile.keys for s in problem.sets)
             assert 1 << (case.D - 1).bit_length() == block_d
         masked = selfcheck.make_problem(cases[0], KIND, "cpu")
-        assert set(masked.sets[0].ids.tolist()) == {0, 1} and masked.sets[0].lengths.min() > tile.keys
+        assert sorted(masked.sets[0].ids.tolist()) == [-1, 0, 0, 1] and masked.sets[0].lengths.min() > tile.keys
         assert masked.sets[0].lengths.max() == masked.sets[0].key.shape[2] and not masked.key_mask.all(dim=1).any()
         assert (masked.key_mask.sum(dim=1) > tile.keys).all()
         assert any(case.Hkv < case.H for case in cases) and any(block_d % case.D for case in cases)
         assert any(case.key_mask == "none" for case in cases) and any(case.dropout_p for case in cases)
+
+
+def test_checks_of_few_queries_cover_several_tiles_of_readers_and_each_block_of_queries():
+    for name, block_d, tile in tiles_of_the_table():
+        if name != "split":
+            continue
+        cases = selfcheck._CHECKED[name][1](tile, block_d)
+        assert all(
+            min(case.Tk, case.P) > 2 * tile.keys and case.Tk % tile.keys and case.P % tile.keys for case in cases
+        )
+        folded = [case.B // case.N * case.Tq * case.H // case.Hkv for case in cases]
+        assert folded[0] > 2 * tile.queries and folded[0] % tile.queries
+        assert folded[1] <= 16 < folded[2] <= 32  # the kernel's block is what holds them, if the tile is no smaller
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
