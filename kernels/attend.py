@@ -46,7 +46,7 @@ def attend(
     for start in range(low, high, BLOCK_K):
         keys = start + tile
         first = tl.cast(start, tl.int64)
-        present = present_keys(keys, valid, key_mask, mask_stride)
+        present = present_keys(start, tile, valid, key_mask, mask_stride, EDGES)
         tokens = tokens_of(tile, valid - start, EDGES)
         k = load_rows(key + first * strides[2], strides[2], tokens, dims, present, HOLES, D, BLOCK_D).to(q.dtype)
         logits, unit, _ = logits_of(dot(q, tl.trans(k), PRECISION, UPCAST), scale, softcap, SOFTCAP, NATURAL)

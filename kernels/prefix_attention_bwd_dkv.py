@@ -120,7 +120,7 @@ def dkv_kernel(
     mask = None
     if OWN and key_mask is not None:
         mask = key_mask + unit.to(tl.int64) * even(mask_strides[0])
-    present = present_keys(keys, valid, mask, mask_strides[1])
+    present = present_keys(first_key, tile, valid, mask, mask_strides[1], True)
     unit64, head64, token = unit.to(tl.int64), kv_head.to(tl.int64), first_token + first_key
     k_base = key + unit64 * strides[0] + head64 * strides[1] + token * strides[2]
     v_base = value + unit64 * strides[3] + head64 * strides[4] + token * strides[5]

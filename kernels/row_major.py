@@ -91,11 +91,15 @@ def part_of(low, full_low, full_high, high, PART: tl.constexpr):
 
 
 @triton.jit
-def present_keys(keys, valid, key_mask, mask_stride):
-    """Which keys of a tile exist and are not masked out for the whole row."""
-    present = keys < valid
+def present_keys(start, tile, valid, key_mask, mask_stride, EDGES: tl.constexpr):
+    """Which keys of a tile exist and are not masked out for the whole row. EDGES: some may not exist."""
+    present = start + tile < valid
     if key_mask is not None:
-        present = present & (tl.load(key_mask + keys.to(tl.int64) * mask_stride, mask=present, other=0) != 0)
+        pointers = key_mask + tl.cast(start, tl.int64) * mask_stride + tile.to(tl.int64) * mask_stride
+        if EDGES:
+            present = present & (tl.load(pointers, mask=present, other=0) != 0)
+        else:
+            present = tl.load(pointers) != 0
     return present
 
 
