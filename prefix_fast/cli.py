@@ -192,6 +192,7 @@ def generate(
 @app.command()
 def doctor(
     recheck: Annotated[bool, typer.Option("--recheck", help="Check Triton's configurations again.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Check every one, not only head dims 64 and 128.")] = False,
     debug: _Debug = False,
 ) -> None:
     """Show the backends, why each is or is not used, and check each against the oracle on this device."""
@@ -206,7 +207,7 @@ def doctor(
         for info in dispatch.backends():
             table.add_row(info.name, info.device, "yes" if info.available else "no", escape(info.reason))
         console.print(table)
-        refused = _show_configurations(console, recheck)
+        refused = _show_configurations(console, every, recheck)
         with console.status("Checking every available backend against float64"):
             results = check_backends()
         checks = Table("backend", "device", "passed", "not served", "failed", title="Outputs and gradients")
@@ -222,7 +223,7 @@ def doctor(
         console.print("[green]Every available backend agrees with the oracle.[/]")
 
 
-def _show_configurations(console: Any, recheck: bool) -> bool:
+def _show_configurations(console: Any, every: bool, recheck: bool) -> bool:
     """The self-check of the Triton kernels; whether a kernel was wrong with its safe tile too."""
     from prefix_fast.doctor import check_configurations, configurations_reason
 
@@ -231,7 +232,7 @@ def _show_configurations(console: Any, recheck: bool) -> bool:
         return False
     with console.status("") as status:
         states = check_configurations(
-            recheck, lambda configuration: status.update(f"Checking the Triton kernels: {configuration}")
+            every, recheck, lambda configuration: status.update(f"Checking the Triton kernels: {configuration}")
         )
     table = Table("device", "configuration", "queries×keys", "warps", "stages", "", title="Tiles of the Triton kernels")
     for state in states:

@@ -58,10 +58,16 @@ def configurations_reason() -> str | None:
 
 
 def check_configurations(
-    recheck: bool = False, progress: Callable[[Configuration], None] | None = None
+    every: bool = False, recheck: bool = False, progress: Callable[[Configuration], None] | None = None
 ) -> list[ConfigurationState]:
-    """Check every configuration on each device; those with a verdict on record again only if asked to."""
-    wanted = selfcheck.configurations(selfcheck.all_kinds())
+    """Check configurations on each device; those with a verdict on record again only if asked to.
+
+    Args:
+        every: all of them, not only those that most models need.
+        recheck: those with a verdict too.
+        progress: called with each configuration before its check.
+    """
+    wanted = selfcheck.configurations(selfcheck.all_kinds() if every else selfcheck.usual_kinds())
     states = []
     checked: set[triton_vetting.Environment] = set()
     for index in range(torch.cuda.device_count()):

@@ -38,6 +38,16 @@ def all_kinds() -> list[Kind]:
     return [Kind(block_d, *rest) for block_d in BLOCKS for rest in (*of_halves, *of_singles)]
 
 
+def usual_kinds() -> list[Kind]:
+    """Those of most models: head dims 64 and 128, and of float32 products the precision that is set now."""
+    present = PRECISIONS[torch.get_float32_matmul_precision()]
+    return [
+        kind
+        for kind in all_kinds()
+        if kind.block_d in (64, 128) and kind.precision == (present if kind.dtype == torch.float32 else "ieee")
+    ]
+
+
 def configurations(kinds: Iterable[Kind]) -> list[Configuration]:
     """Every kernel for each of the kinds."""
     return [Configuration(kernel, kind) for kind in kinds for kernel in _CHECKED]

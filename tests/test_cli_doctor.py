@@ -72,7 +72,7 @@ def card(monkeypatch, few_cases, tmp_path):
 
     fake_cards(monkeypatch, (9, 0))
     monkeypatch.setattr(selfcheck, "_failure", check)
-    monkeypatch.setattr(selfcheck, "all_kinds", lambda: KINDS)
+    monkeypatch.setattr(selfcheck, "usual_kinds", lambda: KINDS)
     monkeypatch.setattr(doctor, "_devices", lambda: ["cpu"])
     monkeypatch.setenv("PREFIX_FAST_CACHE", str(tmp_path))
     forget()
@@ -103,6 +103,21 @@ def test_doctor_renews_verdicts_only_when_asked(card):
     card.clear()
     assert CliRunner().invoke(cli.app, ["doctor", "--recheck"]).exit_code == 0
     assert len(card) == len(states) + 1
+
+
+def test_doctor_checks_every_kind_only_when_asked(card):
+    assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0
+    assert {configuration.kind for configuration, _ in card} == set(KINDS)
+    assert CliRunner().invoke(cli.app, ["doctor", "--all"]).exit_code == 0
+    assert {configuration.kind for configuration, _ in card} == set(selfcheck.all_kinds())
+
+
+def test_usual_kinds_are_those_of_the_present_precision(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    kinds = selfcheck.usual_kinds()
+    assert {kind.block_d for kind in kinds} == {64, 128}
+    assert {kind.precision for kind in kinds if kind.dtype == torch.float32} == {"tf32x3"}
+    assert {kind.dtype for kind in kinds} == {torch.float32, torch.bfloat16, torch.float16}
 
 
 def test_doctor_fails_where_a_kernel_is_wrong_with_every_tile(card, monkeypatch):
