@@ -271,13 +271,14 @@ def _cases_by_row(tile: Tile, block_d: int) -> list[Case]:
 
 
 def _cases_of_few_queries(tile: Tile, block_d: int) -> list[Case]:
-    """Several tiles of the queries that read one segment; a single one, without masks; two sets, ragged, dropout."""
+    """Several tiles of the queries that read one segment; a single one, without masks; two sets, ragged, dropout; several of a row's own."""
     tokens, prefix, rows = 2 * tile.keys + 13, 3 * tile.keys + 9, 2 * (tile.queries // 6 + 1) + 1
     return [
         Case(B=rows, H=4, Hkv=1, Tq=3, Tk=tokens, N=2, P=prefix, D=block_d, ids="random", lengths="random",
              key_mask="left"),
         Case(B=3, H=2, Hkv=2, Tq=1, Tk=tokens, P=prefix, D=block_d),
         Case(B=2, H=4, Hkv=2, Tq=7, Tk=tokens, P=prefix, D=block_d * 3 // 4, num_sets=2, dropout_p=0.2),
+        Case(B=1, H=4, Hkv=1, Tq=17, Tk=tokens + tile.keys, P=prefix, D=block_d),
     ]  # fmt: skip
 
 

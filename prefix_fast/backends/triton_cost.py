@@ -47,8 +47,6 @@ OCCUPANCY = 2  # programs that share a multiprocessor
 FILL = 0.85  # of the device, below which work is split further
 LEAST_TILES = 4  # query tiles that a split of a reader list is worth
 LEAST_CHUNK = 128  # keys that a split of a segment is worth
-LEAST_CHUNK_THERE = 32  # in the interpreter: one block
-SHORT_CHAIN = 256  # keys of the longest part of a chain, below which nothing is split
 SHORT = 64  # keys of a segment whose gradients stay in registers while dq is made
 SPLIT_QUERIES = 64  # queries of a row from which on the one-pass forward fills its tiles
 
@@ -144,24 +142,34 @@ def key_chunks(device: Device | Card, shape: Shape, tile: Tile, few: Tile) -> Sp
 
     The split forward reads a shared segment once for a tile of all its readers' queries, and cuts long chains so that
     few rows fill the device; it pays a second launch, the merge, and float32 partial results. So short chains lose
-    whatever they save: below SHORT_CHAIN keys there is nothing to weigh.
+    whatever they save: where no set and no row has keys for two chunks, there is nothing to weigh.
     """
-    interpreter = device.architecture == "interpreter"
-    if shape.queries >= SPLIT_QUERIES or max(shape.lengths) < (LEAST_CHUNK_THERE if interpreter else SHORT_CHAIN):
+    if shape.queries >= SPLIT_QUERIES or max(shape.lengths) < 2 * least_chunk(device):
         return None
     splits = candidates(device, shape, tile)
-    if interpreter:
+    if device.architecture == "interpreter":
         return splits[0]  # there is no time to weigh
     seconds, best = min((split_seconds(device, shape, split), number) for number, split in enumerate(splits))
     return splits[best] if seconds < one_pass_seconds(device, shape, few) else None
 
 
-def candidates(device: Device | Card, shape: Shape, tile: Tile) -> list[Split]:
-    """Splits worth comparing, the coarsest first: chunks that give every place on the device a 1st, 2nd, 4th part."""
+def least_chunk(device: Device | Card) -> int:
+    """Keys that a chunk is worth; in the interpreter, where nothing has a price, one block."""
+    return 32 if device.architecture == "interpreter" else LEAST_CHUNK
+
+
+def blocks(shape: Shape, tile: Tile) -> tuple[int, int]:
+    """(queries, own queries) of the split forward's tiles: the smallest that hold all there are, up to the largest."""
     folded = shape.queries * shape.heads // shape.kv_heads
     readers = math.ceil(shape.rows / max(1, max((count for count, _ in shape.sets), default=1)))
-    queries, own = (_block_of(size, tile.queries) for size in (readers * folded, folded))
-    least = LEAST_CHUNK_THERE if device.architecture == "interpreter" else LEAST_CHUNK
+    queries, own = (min(max(16, 1 << (n - 1).bit_length()), tile.queries) for n in (readers * folded, folded))
+    return queries, own
+
+
+def candidates(device: Device | Card, shape: Shape, tile: Tile) -> list[Split]:
+    """Splits worth comparing, the coarsest first: chunks that give every place on the device a 1st, 2nd, 4th part."""
+    queries, own = blocks(shape, tile)
+    least = least_chunk(device)
     walked = sum(tiles * length for tiles, length, _ in _walks(shape, Split(queries, own, (1,) * len(shape.lengths))))
     share = walked * shape.kv_heads / (device.multiprocessors * OCCUPANCY)
     splits = []
@@ -171,11 +179,6 @@ def candidates(device: Device | Card, shape: Shape, tile: Tile) -> list[Split]:
         if split not in splits:
             splits.append(split)
     return splits
-
-
-def _block_of(queries: int, largest: int) -> int:
-    """The smallest block of 16, 32, 64 ... that holds the queries, up to the largest."""
-    return min(max(16, 1 << (queries - 1).bit_length()), largest)
 
 
 def _walks(shape: Shape, split: Split) -> list[tuple[int, int, int]]:

@@ -9,9 +9,7 @@ from torch import Tensor
 from prefix_fast.backends import triton_decode
 from prefix_fast.backends.triton_call import Call, odd_strides_of, strides_of
 from prefix_fast.backends.triton_config import Tile, Tiles
-from prefix_fast.backends.triton_cost import Shape, Split, candidates, key_chunks
-
-KEYS_ALIKE = 128  # a cache that grows by one key a step changes its division once in so many steps
+from prefix_fast.backends.triton_cost import Shape, Split, blocks, key_chunks, least_chunk
 
 
 def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
@@ -25,8 +23,10 @@ def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
 
 def choose_split(call: Call, tiles: Tiles) -> Split | None:
     """How the split forward divides the call; None: one pass. A kernel on trial runs whatever the cost model says."""
+    if call.trial == "split":
+        return Split(*blocks(shape_of(call), tiles.split), (2,) * len(call.sizes))
     if call.trial is not None:
-        return candidates(call.device, shape_of(call), tiles.split)[0] if call.trial == "split" else None
+        return None
     if call.problem.cu_seqlens_q is not None:
         return None
     return _choose(call.device, shape_of(call), tiles.split, tiles.few)
@@ -36,9 +36,10 @@ _choose = functools.lru_cache(maxsize=1024)(key_chunks)
 
 
 def shape_of(call: Call) -> Shape:
-    """The static shape of a dense call, its own keys rounded up."""
+    """The static shape of a dense call; own keys are rounded up, so that a growing cache seldom changes its division."""
     problem = call.problem
-    keys = -(-call.max_keys // KEYS_ALIKE) * KEYS_ALIKE
+    least = least_chunk(call.device)
+    keys = -(-call.max_keys // least) * least
     sets = tuple(
         (count, size if s.cu_seqlens is None else -(-size // max(count, 1)))
         for s, (count, size) in zip(problem.sets, call.sizes, strict=False)
