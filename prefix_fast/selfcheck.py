@@ -271,7 +271,7 @@ def _cases_by_row(tile: Tile, block_d: int) -> list[Case]:
 
 
 def _cases_of_few_queries(tile: Tile, block_d: int) -> list[Case]:
-    """Several tiles of the queries that read one segment; a single one, without masks; two sets, ragged, dropout; several of a row's own."""
+    """Several tiles of a segment's readers; one, without masks; two sets, ragged, dropout; several of a row's own."""
     tokens, prefix, rows = 2 * tile.keys + 13, 3 * tile.keys + 9, 2 * (tile.queries // 6 + 1) + 1
     return [
         Case(B=rows, H=4, Hkv=1, Tq=3, Tk=tokens, N=2, P=prefix, D=block_d, ids="random", lengths="random",

@@ -36,7 +36,7 @@ _choose = functools.lru_cache(maxsize=1024)(key_chunks)
 
 
 def shape_of(call: Call) -> Shape:
-    """The static shape of a dense call; own keys are rounded up, so that a growing cache seldom changes its division."""
+    """The static shape of a dense call; own keys rounded up, so that a growing cache seldom changes its division."""
     problem = call.problem
     least = least_chunk(call.device)
     keys = -(-call.max_keys // least) * least
