@@ -76,7 +76,7 @@ def predict_training(card: Card) -> list[Prediction]:
     predictions = []
     for shape in TRAINING:
         tiles = tiles_for(device, shape.head_dim, torch.bfloat16)
-        fused = triton_cost.fuses_short_prefix(device, shape, 0)
+        fused = triton_cost.fuses_short_prefix(device, shape, tiles.short)
         path = "one pass; " + ("dq and prefix fused" if fused else "dq, dkv")
         forward = triton_cost.forward_seconds(card, shape, tiles.forward.queries)
         backward = triton_cost.backward_seconds(card, shape, tiles.dq.queries, fused)

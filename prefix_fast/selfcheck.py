@@ -243,6 +243,10 @@ def _run_dkv(problem: Problem, true: dict[str, Tensor], trial: Trial) -> dict[st
     return _run_backward(problem, true, trial, lambda name: name != "query")
 
 
+def _run_short(problem: Problem, true: dict[str, Tensor], trial: Trial) -> dict[str, Tensor]:
+    return _run_backward(problem, true, trial, lambda name: name not in ("key", "value"))
+
+
 def _run_backward(
     problem: Problem, true: dict[str, Tensor], trial: Trial, wanted: Callable[[str], bool]
 ) -> dict[str, Tensor]:
@@ -282,10 +286,23 @@ def _cases_of_few_queries(tile: Tile, block_d: int) -> list[Case]:
     ]  # fmt: skip
 
 
+def _cases_of_short(tile: Tile, block_d: int) -> list[Case]:
+    """A bank with rows that read none; one prefix that fills its block, a ragged head dim, dropout."""
+    tokens = 2 * max(tile.queries, tile.keys) + 13
+    return [
+        Case(B=5, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, P=size, D=block_d, ids="random", lengths="random",
+             key_mask="left")
+        for size in (13, 29, 61)
+    ] + [
+        Case(B=3, H=4, Hkv=2, Tq=tokens, Tk=tokens, P=size, D=block_d * 3 // 4, dropout_p=0.2) for size in (16, 32, 64)
+    ]  # fmt: skip
+
+
 _CHECKED: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[Tile, int], list[Case]]]] = {
     "forward": (_run_forward, _cases_by_row),
     "few": (_run_forward, _cases_by_row),
     "split": (_run_forward, _cases_of_few_queries),
     "dq": (_run_dq, _cases_by_row),
     "dkv": (_run_dkv, _cases_by_row),
+    "short": (_run_short, _cases_of_short),
 }

@@ -10,6 +10,7 @@ import torch
 from prefix_fast.kernels import (
     prefix_attention_bwd_dkv,
     prefix_attention_bwd_dq,
+    prefix_attention_bwd_short,
     prefix_attention_fwd,
     prefix_attention_split_fwd,
 )
@@ -26,13 +27,15 @@ KERNELS = {
     "split": (prefix_attention_split_fwd, "split_forward_kernel", "partial_lse"),
     "dq": (prefix_attention_bwd_dq, "dq_kernel", "grad_query"),
     "dkv": (prefix_attention_bwd_dkv, "dkv_kernel", "grad_key"),
+    "short": (prefix_attention_bwd_short, "short_kernel", "grad_query"),
 }
 TABLE_WARPS, SAFE_WARPS = 1, 4
 CALLS = {  # that run a kernel
     "forward": Case(B=1, H=1, Hkv=1, Tq=70, Tk=5, P=3, D=16),
     "split": Case(B=4, H=2, Hkv=2, Tq=1, Tk=70, P=70, D=16),
-    "dq": Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=3, D=16),
-    "dkv": Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=3, D=16),
+    "dq": Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=70, D=16),
+    "dkv": Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=70, D=16),
+    "short": Case(B=1, H=2, Hkv=2, Tq=5, Tk=5, P=3, D=16),
 }
 
 

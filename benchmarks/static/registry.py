@@ -48,6 +48,10 @@ def _dkv_own(launch: Launch) -> tuple[str, ...]:
     return ("own diagonal", "own", *(("own window",) if launch.constant("WINDOW") else ()))
 
 
+def _short(launch: Launch) -> tuple[str, ...]:
+    return _row_major(launch)[2:]  # the segment is one block, in no loop of its own
+
+
 def _split(launch: Launch) -> tuple[str, ...]:
     return ("prefix", "prefix tail", "own keys", "own edge")  # own tokens have tiles of another size
 
@@ -59,6 +63,7 @@ ENTRIES = (
     Entry("dq", "dq_kernel", _row_major, "dq_kernel"),
     Entry("dkv prefix", "dkv_kernel", lambda launch: ("prefix",), "dkv_kernel", _of_prefix),
     Entry("dkv own", "dkv_kernel", _dkv_own, "dkv_kernel", lambda launch: not _of_prefix(launch)),
+    Entry("short", "short_kernel", _short, "dq_kernel"),
     Entry("prepare", "prepare_kernel"),
     Entry("reduce", "reduce_kernel"),
 )
@@ -165,12 +170,14 @@ CALLS = (
     *(call_of(D, B=4, T=1, Tk=64, P=16, kernels=("forward",)) for D in HEADS),
 )
 SPECIAL_CALLS = (*(call_of(D, N=8) for D in (64, 128)), *(call_of(64, option=option) for option in OPTIONS))
+SHORT_CALLS = tuple(call_of(64, B=32, P=P, kernels=("short",)) for P in (10, 32))
 CONFIGURATIONS = (
     *((architecture, call) for call in CALLS for architecture in TARGETS),
     *(("sm_90", call) for call in SPECIAL_CALLS),
+    *((architecture, call) for call in SHORT_CALLS for architecture in ("sm_90", "sm_100", "gfx942")),
 )  # fmt: skip
 
 
 def call_named(name: str) -> Call:
     """The call of that name; raises StopIteration where there is none."""
-    return next(call for call in (*CALLS, *SPECIAL_CALLS) if str(call) == name)
+    return next(call for call in (*CALLS, *SPECIAL_CALLS, *SHORT_CALLS) if str(call) == name)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast.backends import triton_short
 from prefix_fast.backends.problem import Grads
 from prefix_fast.backends.triton_call import SCRATCH_TILE, Call, odd_strides_of, strides_of, unit_tiles
 from prefix_fast.backends.triton_config import Tile, Tiles
@@ -19,10 +20,14 @@ def backward(
 ) -> None:
     """Write every element of every gradient that is wanted, and compute no other."""
     scratch = _prepare(call, out, lse, grad_out, grad_lse)
-    if grads.query is not None:
+    fused = triton_short.fuses(call, tiles.short, grads)
+    if grads.query is not None and fused:
+        triton_short.queries_and_segments(call, tiles.short, grad_out, scratch, grads.query, *grads.sets[0])
+    elif grads.query is not None:
         _queries(call, tiles.dq, grad_out, scratch, grads.query)
     for index, (grad_key, grad_value) in enumerate([*grads.sets, (grads.key, grads.value)]):
-        if any(t is not None and t.numel() > 0 for t in (grad_key, grad_value)):
+        computed = fused and index == 0
+        if not computed and any(t is not None and t.numel() > 0 for t in (grad_key, grad_value)):
             _set(call, tiles.dkv, index, grad_out, scratch, grad_key, grad_value)
 
 

@@ -47,7 +47,11 @@ OCCUPANCY = 2  # programs that share a multiprocessor
 FILL = 0.85  # of the device, below which work is split further
 LEAST_TILES = 4  # query tiles that a split of a reader list is worth
 LEAST_CHUNK = 128  # keys that a split of a segment is worth
-SHORT = 64  # keys of a segment whose gradients stay in registers while dq is made
+# Longest segment whose gradients stay in registers while dq is made, by the padded head dim; past it, and on other
+# architectures, registers spill in the loops (benchmarks/static).
+SHORT = {
+    "interpreter": {64: 64, 128: 64}, "sm_90": {64: 32}, "sm_100": {64: 32}, "gfx942": {64: 64},
+}  # fmt: skip
 SPLIT_QUERIES = 64  # queries of a row from which on the one-pass forward fills its tiles
 
 
@@ -228,16 +232,75 @@ def _walk_seconds(card: Card, shape: Shape, items: list[tuple[int, int, int]], m
     return max(max(flops, scores / card.exponentials, l2) * rounds, memory / card.memory_bytes)
 
 
-def fuses_short_prefix(device: Device, shape: Shape, index: int) -> bool:
-    """Whether set `index` is short enough for its gradients to stay in registers while dq is made.
+def short_block(size: int) -> int:
+    """Keys of the one block that holds a short segment."""
+    return max(16, 1 << (size - 1).bit_length())
 
-    5 matrix products instead of 7 over its keys, and queries and output gradients are read once instead of twice; it
-    pays while the segment is one block of keys and the heads and splits of the readers alone fill the device.
+
+def short_splits(device: Device, shape: Shape, tile: Tile) -> int:
+    """Splits of the readers of a short segment: of those with the fewest tiles one after another, the least.
+
+    dq is made in these programs, so a part of the device that they leave empty costs its share of the whole time.
     """
-    count, size = shape.sets[index]
-    tiles = shape.rows * shape.heads // max(count, 1) * math.ceil(shape.queries / 64)
-    enough = 1 if device.architecture == "interpreter" else LEAST_TILES
-    return len(shape.sets) == 1 and 0 < size <= SHORT and tiles >= enough
+    most = _tiles_of_readers(shape, tile) // _least_tiles(device)
+    return min(range(1, max(1, most) + 1), key=lambda splits: (_tiles_in_a_row(device, shape, tile, splits), splits))
+
+
+def fuses_short_prefix(device: Device, shape: Shape, tile: Tile) -> bool:
+    """Whether one kernel makes dq and the gradients of the only shared set in less time than dq and dkv apart.
+
+    It saves two of seven products and one of two exponentials over the set's keys, whole tiles of keys where few are
+    real, one reading of queries and output gradients, and a launch. It costs what its programs, of at least
+    LEAST_TILES query tiles each so that the partial sums stay few, leave empty of the device.
+    """
+    keys = SHORT.get(device.architecture, {}).get(max(64, 1 << (shape.head_dim - 1).bit_length()), 0)
+    if len(shape.sets) != 1 or not 0 < shape.sets[0][1] <= keys:
+        return False
+    tiles = _tiles_of_readers(shape, tile)
+    if tiles < _least_tiles(device) or device.architecture == "interpreter":
+        return tiles >= _least_tiles(device)
+    dq, dkv, fused = _kernels_of_short(card_of(device), shape, tile)
+    best = shape.sets[0][0] * shape.kv_heads * tiles / _room(device, tile)  # tiles in a row, were they spread evenly
+    in_a_row = _tiles_in_a_row(device, shape, tile, short_splits(device, shape, tile))
+    return fused * in_a_row / best < dq * math.ceil(best) / best + dkv + LAUNCH
+
+
+def _kernels_of_short(card: Card, shape: Shape, tile: Tile) -> tuple[float, float, float]:
+    """Seconds of dq, of dkv over the short set, and of the kernel that does the work of both, on a full device."""
+    size = shape.sets[0][1]
+    own = shape.pairs - shape.shared_pairs
+    block = shape.shared_pairs / size * short_block(size)
+    blocks = shape.shared_pairs / size * math.ceil(size / tile.keys) * tile.keys
+    l2 = _key_bytes_of_tiles(shape, tile.queries)
+    moved = shape.own_bytes + shape.shared_bytes + 3 * shape.query_bytes
+    works = (
+        Work(6 * (own + blocks), own + blocks, l2, moved),
+        Work(8 * blocks, blocks, 0, 2 * shape.query_bytes),
+        Work(6 * own + 10 * block, own + block, l2, moved),
+    )
+    dq, dkv, fused = (_roofline(card, shape, work, BACKWARD_SHARE) for work in works)
+    return dq, dkv, fused
+
+
+def _least_tiles(device: Device) -> int:
+    return 1 if device.architecture == "interpreter" else LEAST_TILES
+
+
+def _tiles_of_readers(shape: Shape, tile: Tile) -> int:
+    """Query tiles that read one segment, of the heads of one group."""
+    rows, group = shape.rows // max(shape.sets[0][0], 1), shape.heads // shape.kv_heads
+    return rows * group * math.ceil(shape.queries / tile.queries)
+
+
+def _tiles_in_a_row(device: Device, shape: Shape, tile: Tile, splits: int) -> int:
+    """Query tiles that the busiest place for a program walks in all."""
+    programs = shape.sets[0][0] * shape.kv_heads * splits
+    return math.ceil(programs / _room(device, tile)) * math.ceil(_tiles_of_readers(shape, tile) / splits)
+
+
+def _room(device: Device, tile: Tile) -> int:
+    """Programs that run at a time. They use nearly all registers that threads can have: 8 warps fill a processor."""
+    return device.multiprocessors * max(1, min(OCCUPANCY, 8 // tile.warps))
 
 
 def _peak(card: Card, shape: Shape) -> float:
