@@ -74,10 +74,12 @@ def random_call(seed: int, dtype: torch.dtype) -> Call:
 CORNERS = (  # what chance seldom makes
     Call(Case(B=1, H=2, Hkv=2, Tq=97, Tk=97, P=65, seed=1)),  # the queries split, and not into equal parts
     Call(Case(B=9, H=2, Hkv=1, Tq=2, Tk=2, N=4, P=33, ids="random", lengths="random", seed=2), hidden="nan"),
-    Call(Case(B=3, H=2, Hkv=1, Tq=5, Tk=33, P=9, attn_bias=True, options={"segment_bias": True}, seed=3)),
+    Call(Case(B=3, H=2, Hkv=1, Tq=5, Tk=33, P=9, attn_bias=True, options={"segment_bias": True}, seed=3),
+         path=PATHS[2]),
     Call(Case(B=1, H=32, Hkv=2, Tq=2, Tk=33, P=33, seed=4), grad_out="sum"),
     Call(Case(B=5, H=2, Hkv=2, Tq=33, Tk=33, N=3, P=37, ids="random", packed=True, packed_segments=True, seed=5)),
     Call(Case(B=2, H=2, Hkv=1, Tq=65, Tk=97, P=33, options={"window": 17, "in_window": True}, seed=6)),
+    Call(Case(B=1, H=2, Hkv=1, Tq=1, Tk=161, P=257, seed=7), path=PATHS[2]),  # more parts than a merge reads at a time
 )  # fmt: skip
 
 

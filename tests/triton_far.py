@@ -15,6 +15,8 @@ from triton_harness import Machine, words
 
 from prefix_fast.backends import triton
 from prefix_fast.backends.problem import Grads, Problem
+from prefix_fast.backends.triton_config import Tile
+from prefix_fast.backends.triton_vetting import Trial
 from prefix_fast.testing import Case, float_tensors, make_problem, output_grads, with_float_tensors
 
 BYTES = 18 << 30
@@ -28,6 +30,7 @@ class Far:
     case: Case
     dims: dict[str, int]
     stride: int
+    path: Trial | None = None
 
 
 _ROWS = Case(B=4, H=2, Hkv=2, Tq=5, Tk=5, N=4, P=5, ids="random", dtype=torch.float16, seed=1)
@@ -40,6 +43,7 @@ _MASKED = Case(B=1, H=2, Hkv=1, Tq=5, Tk=34, P=33, key_mask="scattered", attn_bi
 _QUERIES = ("query", "out", "grad_out", "lse", "grad_lse", "grad.query")
 _KEYS = ("key", "value", "segment0.key", "segment0.value")
 _OWN_GRADS = ("grad.key", "grad.value")
+_SPLIT = Trial("split", Tile(16, 32, 1, 1))
 _BILLION = 2**30 - 16
 
 CALLS = {
@@ -57,6 +61,12 @@ CALLS = {
     "packed tokens": Far(_PACKED, dict.fromkeys(_QUERIES, 0), 2**24 - 16),
     "packed keys": Far(_PACKED, dict.fromkeys((*_KEYS, *_OWN_GRADS), 0), 2**24 - 16),
     "bias queries": Far(_MASKED, {"attn_bias": 2, "bias0": 2}, 2**29 + 16),
+    "split rows": Far(_ROWS, dict.fromkeys(_QUERIES, 0), _BILLION, _SPLIT),
+    "split segments": Far(_ROWS, dict.fromkeys((*_KEYS, *_OWN_GRADS), 0), _BILLION, _SPLIT),
+    "split heads": Far(_HEADS, dict.fromkeys(_QUERIES, 1), _BILLION, _SPLIT),
+    "split key heads": Far(_HEADS, dict.fromkeys((*_KEYS, *_OWN_GRADS), 1), _BILLION, _SPLIT),
+    "split bias queries": Far(_MASKED, {"attn_bias": 2, "bias0": 2}, 2**29 + 16, _SPLIT),
+    "split offsets": Far(replace(_ROWS, query_offset="rows"), {"query_offset": 0}, _BILLION, _SPLIT),
     "offsets": Far(replace(_ROWS, query_offset="rows"), {"query_offset": 0}, _BILLION),
     "bias keys": Far(_MASKED, {"attn_bias": 3, "bias0": 3, "key_mask": 1}, 2**26 + 16),
 }
@@ -103,7 +113,7 @@ def evaluate(far: Far, mapping: Mapping | None) -> dict[str, Tensor]:
     grads = {name: wanted(t, f"grad.{name}") for name, t in named.items()}
     of_sets = tuple((grads[f"segment{i}.key"], grads[f"segment{i}.value"]) for i in range(len(problem.sets)))
     with machine.running():
-        triton.forward(problem, out, lse)
+        triton.forward(problem, out, lse, far.path)
         triton.backward(
             problem, out, lse, given(grad_out, "grad_out"), given(grad_lse.float(), "grad_lse"),
             Grads(grads["query"], grads["key"], grads["value"], of_sets),
