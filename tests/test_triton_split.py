@@ -87,7 +87,9 @@ def test_few_queries_take_a_small_tile_in_one_pass():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("chosen", ["chunks3 or window", pytest.param("not chunks3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "chosen", ["chunks3 or places", pytest.param("not (chunks3 or places)", marks=pytest.mark.slow)]
+)
 def test_the_split_forward_is_right_in_the_interpreter(chosen: str, root: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     start = "import sys; sys.path.insert(0, 'tests'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
