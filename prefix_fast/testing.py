@@ -68,13 +68,13 @@ class Case:
 
 def make_problem(case: Case, device: str | torch.device = "cpu") -> Problem:
     """The random call that `case` describes; the same tensors for the same seed."""
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator("cpu").manual_seed(case.seed)
 
     def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+        return torch.randn(*shape, generator=generator, device="cpu").to(dtype).to(device)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, max(high, low + 1), shape, generator=generator).to(device)
+        return torch.randint(low, max(high, low + 1), shape, generator=generator, device="cpu").to(device)
 
     def offsets(count: int, longest: int) -> Tensor:
         return torch.cat([integers(0, 1, 1), integers(0, longest + 1, count).cumsum(0)])
@@ -124,7 +124,7 @@ def _make_mask(case: Case, integers: Any) -> Tensor | None:
         return None
     if case.key_mask == "scattered":
         return integers(0, 3, case.B, case.Tk) > 0
-    index, count = torch.arange(case.Tk), integers(0, case.Tk + 1, case.B).cpu()[:, None]
+    index, count = torch.arange(case.Tk, device="cpu"), integers(0, case.Tk + 1, case.B).cpu()[:, None]
     mask = index < count if case.key_mask == "right" else index >= case.Tk - count
     return mask.to(integers(0, 1, 1).device)
 
@@ -153,9 +153,9 @@ def with_float_tensors(problem: Problem, named: dict[str, Tensor]) -> Problem:
 
 def output_grads(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random gradients of out and lse."""
-    generator = torch.Generator().manual_seed(seed)
-    grad_out = torch.randn(problem.query.shape, generator=generator)
-    grad_lse = torch.randn(problem.query.shape[:-1], generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    grad_out = torch.randn(problem.query.shape, generator=generator, device="cpu")
+    grad_lse = torch.randn(problem.query.shape[:-1], generator=generator, device="cpu")
     return grad_out.to(problem.query), grad_lse.to(problem.query.device)
 
 

@@ -2,17 +2,28 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import prefix_fast
-from prefix_fast import Segment, dispatch
-from prefix_fast.testing import Case, check, evaluate, float_tensors, make_problem, output_grads, with_float_tensors
+from prefix_fast import Segment, dispatch, testing
+from prefix_fast.testing import Case, check, evaluate, float_tensors, output_grads, with_float_tensors
 
-# test_triton_interpreter.py runs this file with Triton's interpreter.
-BACKENDS = ("reference", "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu")
+# test_triton_interpreter.py runs this file with Triton's interpreter, tests/gpu on a device.
+DEVICE = os.environ.get("PREFIX_FAST_TEST_DEVICE", "cpu")
+BACKENDS = ("reference", "triton" if DEVICE != "cpu" or os.environ.get("TRITON_INTERPRET") == "1" else "cpu")
 HALVES = (torch.bfloat16, torch.float16)
+
+make_problem = partial(testing.make_problem, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    with torch.device(DEVICE):
+        yield
+
 
 SHAPES = [
     Case(B=1, Tq=1, Tk=1, P=1, D=1),
