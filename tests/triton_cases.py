@@ -198,9 +198,10 @@ def placed(call: Call, problem: Problem, machine: Machine) -> Problem:
 
     sets = []
     for i, s in enumerate(with_float_tensors(problem, named).sets):
-        plan = make_plan(s.ids, s.count) if call.plan and s.ids is not None else None
+        ids = integers(s.ids, f"ids{i}")
+        plan = make_plan(ids, s.count) if call.plan and ids is not None else None
         sets.append(replace(
-            s, ids=integers(s.ids, f"ids{i}"), lengths=integers(s.lengths, f"lengths{i}"),
+            s, ids=ids, lengths=integers(s.lengths, f"lengths{i}"),
             cu_seqlens=integers(s.cu_seqlens, f"cu_seqlens{i}"), bias=others(s.bias, f"bias{i}"), plan=plan,
         ))  # fmt: skip
     mask = problem.key_mask
@@ -214,9 +215,8 @@ def placed(call: Call, problem: Problem, machine: Machine) -> Problem:
     )  # fmt: skip
 
 
-def run(call: Call, order: int | None = None) -> dict[str, Tensor]:
-    """out, lse and every wanted gradient from the kernels, whose programs run in the order of that seed."""
-    machine = Machine(order)
+def run(call: Call, machine: Machine) -> dict[str, Tensor]:
+    """out, lse and every wanted gradient from the kernels, on the CPU."""
     plain = problem_of(call)
     problem = placed(call, plain, machine)
     grad_out, grad_lse = gradients_of(call, plain)
@@ -236,12 +236,13 @@ def run(call: Call, order: int | None = None) -> dict[str, Tensor]:
             problem, out, lse, grad_out, given_lse, Grads(grads["query"], grads["key"], grads["value"], of_sets)
         )
     machine.assert_intact()
-    return {"out": out, "lse": lse, **{f"grad.{name}": grad for name, grad in grads.items() if grad is not None}}
+    results = {"out": out, "lse": lse, **{f"grad.{name}": grad for name, grad in grads.items() if grad is not None}}
+    return {name: result.cpu() for name, result in results.items()}
 
 
-def check(call: Call, order: int | None = 0) -> None:
+def check(call: Call, machine: Machine | None = None) -> None:
     """Compare one call with the float64 truth, within the budget of `prefix_fast.testing`; exact zeros are exact."""
-    results = run(call, order)
+    results = run(call, machine or Machine(0))
     problem = problem_of(call)
     grads = gradients_of(call, problem)
     true = truth(problem, grads)
@@ -270,7 +271,7 @@ def _compare_large(results: dict[str, Tensor], true: dict[str, Tensor]) -> None:
 
 def check_order(call: Call) -> None:
     """Whatever the order of the programs, the results have the same bits."""
-    in_order, shuffled = run(call, None), run(call, call.case.seed + 1)
+    in_order, shuffled = run(call, Machine()), run(call, Machine(call.case.seed + 1))
     for name, result in in_order.items():
         if not torch.equal(words(result), words(shuffled[name])):
             raise AssertionError(f"{name} depends on the order of the programs")
@@ -293,7 +294,7 @@ def main(arguments: list[str]) -> int:
     failures = 0
     for call in calls:
         try:
-            check(call, order=call.case.seed)
+            check(call, Machine(call.case.seed))
             if call.case.seed % 8 == 0:
                 check_order(call)
         except Exception as error:

@@ -46,6 +46,8 @@ class AccessError(AssertionError):
 class Machine:
     """One run of a backend: its memory, and the order of its programs (None: the interpreter's own)."""
 
+    device = "cpu"  # type of its memory's
+
     def __init__(self, order: int | None = None) -> None:
         self.choose = None if order is None else random.Random(order)
         self.launches: list[str] = []
@@ -128,7 +130,7 @@ class _PoisonedAllocations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _UNINITIALISED and result.numel() > 0 and result.device.type == "cpu":
+        if func in _UNINITIALISED and result.numel() > 0 and result.device.type == self.machine.device:
             return self.machine.uninitialised(result, "scratch")
         return result
 

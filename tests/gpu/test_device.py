@@ -194,10 +194,20 @@ def test_compute_sanitizer_finds_nothing(tool: str, folder: Path) -> None:
     if sanitizer is None or torch.version.hip is not None:
         pytest.skip("compute-sanitizer is not on the path")
     seeds = ("0", "8") if tool == "memcheck" else ("0", "2")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, folder / "triton_cases.py", *seeds]
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        folder / "gpu" / "device_calls.py",
+        *seeds,
+    ]
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*map(str, command), "cuda"],
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        list(map(str, command)),
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=540,
