@@ -287,15 +287,15 @@ def _cases_of_few_queries(tile: Tile, block_d: int) -> list[Case]:
 
 
 def _cases_of_short(tile: Tile, block_d: int) -> list[Case]:
-    """A bank with rows that read none; one prefix that fills its block, a ragged head dim, dropout."""
+    """Blocks of 16, 64 and 32 keys: banks with rows that read none; a full block with a ragged head dim and dropout."""
     tokens = 2 * max(tile.queries, tile.keys) + 13
+    bank = Case(B=5, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, D=block_d, ids="random", lengths="random",
+                key_mask="left")  # fmt: skip
     return [
-        Case(B=5, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, P=size, D=block_d, ids="random", lengths="random",
-             key_mask="left")
-        for size in (13, 29, 61)
-    ] + [
-        Case(B=3, H=4, Hkv=2, Tq=tokens, Tk=tokens, P=size, D=block_d * 3 // 4, dropout_p=0.2) for size in (16, 32, 64)
-    ]  # fmt: skip
+        replace(bank, P=13),
+        replace(bank, P=61),
+        Case(B=3, H=4, Hkv=2, Tq=tokens, Tk=tokens, P=32, D=block_d * 3 // 4, dropout_p=0.2),
+    ]
 
 
 _CHECKED: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[Tile, int], list[Case]]]] = {
