@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 try:
     import typer
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
@@ -288,24 +289,29 @@ def _print_predictions(name: str) -> None:
         return
     known, card = prediction.card_named(name)
     console.print(f"[bold]Prediction from a roofline for {known}, never measured.[/] {prediction.ASSUMPTIONS}")
-    training, decoding = prediction.predict_training(card), prediction.predict_decoding(card)
-    table = Table(
-        Column("training, bfloat16", no_wrap=True), "path", title=f"predicted for {known}: forward + backward"
+    table = _predictions_table(f"training: {known}, predicted µs in bfloat16", "prefix", "backward", "SDPA", "ratio")
+    for p in prediction.predict_training(card):
+        times = (prediction.microseconds(t) for t in (p.forward, p.backward, sum(p.concatenation)))
+        table.add_row(prediction.label(p.shape), p.path, *times, f"{p.ratio:.2f}×")
+    console.print(table)
+    table = _predictions_table(
+        f"decoding: {known}, predicted µs in bfloat16", "chunks", "SDPA", "ratio", "cached", "ratio"
     )
-    for column in ("forward", "backward", "concatenation + SDPA", "ratio"):
-        table.add_column(column, justify="right")
-    for p in training:
-        times = (p.forward, p.backward, sum(p.concatenation))
-        table.add_row(prediction.label(p.shape), p.path, *map(prediction.duration, times), f"{p.ratio:.2f}×")
-    console.print(table)
-    table = Table(Column("decoding, bfloat16", no_wrap=True), "path", title=f"predicted for {known}: one step")
-    for column in ("forward", "concatenation + SDPA", "ratio", "SDPA, concatenated before", "ratio"):
-        table.add_column(column, justify="right")
-    for d in decoding:
+    for d in prediction.predict_decoding(card):
         rivals = (sum(d.concatenation), d.cached)
-        of_rivals = [text for t in rivals for text in (prediction.duration(t), f"{t / d.forward:.2f}×")]
-        table.add_row(prediction.label(d.shape), d.path, prediction.duration(d.forward), *of_rivals)
+        of_rivals = [text for t in rivals for text in (prediction.microseconds(t), f"{t / d.forward:.1f}×")]
+        table.add_row(prediction.label(d.shape), d.path, prediction.microseconds(d.forward), *of_rivals)
     console.print(table)
+    console.print("SDPA: over the concatenation, copies included; cached: over a cache that was concatenated before.")
+
+
+def _predictions_table(title: str, path: str, *more: str) -> Any:
+    """A table that fits 80 columns."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("shape", no_wrap=True)
+    for column in (path, "forward", *more):
+        table.add_column(column, justify="right")
+    return table
 
 
 def _refuse_changes(ctx: typer.Context, output: Path, given: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
     """Seconds of one call and of its rivals; what a call does not do takes 0."""
 
     shape: Shape
-    path: str
+    path: str  # training: of the prefix's backward; decoding: one pass, or chunks of the prefix + of the own tokens
     forward: float
     backward: float
     concatenation: tuple[float, float]  # forward, backward
@@ -77,7 +77,7 @@ def predict_training(card: Card) -> list[Prediction]:
     for shape in TRAINING:
         tiles = tiles_for(device, shape.head_dim, torch.bfloat16)
         fused = triton_cost.fuses_short_prefix(device, shape, tiles.short)
-        path = "one pass; " + ("dq and prefix fused" if fused else "dq, dkv")
+        path = "fused" if fused else "dq, dkv"
         forward = triton_cost.forward_seconds(card, shape, tiles.forward.queries)
         backward = triton_cost.backward_seconds(card, shape, tiles.dq.queries, fused)
         rival = triton_cost.concatenation_seconds(card, shape)
@@ -95,7 +95,7 @@ def predict_decoding(card: Card) -> list[Prediction]:
         if split is None:
             path, forward = "one pass", triton_cost.one_pass_seconds(card, shape, tiles.few)
         else:
-            path = f"split: {' + '.join(map(str, split.chunks))} chunks"
+            path = "+".join(map(str, split.chunks))
             forward = triton_cost.split_seconds(card, shape, split)
         cached = triton_cost.cached_seconds(card, shape)
         rival = (triton_cost.copying_seconds(card, shape) + cached, 0.0)
@@ -103,6 +103,6 @@ def predict_decoding(card: Card) -> list[Prediction]:
     return predictions
 
 
-def duration(seconds: float) -> str:
-    """Microseconds, or milliseconds from ten on."""
-    return f"{1e6 * seconds:.0f} µs" if seconds < 0.01 else f"{1e3 * seconds:.1f} ms"
+def microseconds(seconds: float) -> str:
+    """As tables show it."""
+    return f"{1e6 * seconds:.0f}"
