@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 FLUSHED = 256 * 2**20  # bytes written before each run: several times the largest L2
-AHEAD = 2_000_000  # cycles that the device sleeps while the host queues a run, so that launches are not timed
+AHEAD = 8_000_000  # cycles that the device sleeps while the host queues a run, so that launches are not timed
 
 
 def interleaved_seconds(runs: Sequence[Callable[[], object]], rounds: int, device: str) -> list[list[float]]:

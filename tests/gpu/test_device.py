@@ -116,12 +116,11 @@ def test_other_sizes_compile_nothing(tokens: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **kw: bool(compiled.append(kw["repr"])))
     Step("cuda", T=tokens, P=1500, D=96)()
     assert compiled  # the hook works
-    more = 0 if tokens == 1 else 1
-    sizes = [(6, 0, 1500, 3), (7, 28 * more, 1600, 3), (16, 33 * more, 1501, 1), (5, 156 * more, 1777, 16)]
-    for B, extra, P, N in sizes:
+    longer = (1, 1, 1) if tokens == 1 else (128, 133, 256)  # few queries of few readers have one tile
+    for (B, P, N), T in zip(((7, 1600, 3), (16, 1501, 4), (5, 1777, 16)), longer, strict=True):
         compiled.clear()
-        Step("cuda", B=B, T=tokens + extra, P=P, N=N, D=96)()
-        assert compiled == [], (B, tokens + extra, P, N)
+        Step("cuda", B=B, T=T, P=P, N=N, D=96)()
+        assert compiled == [], (B, T, P, N)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -155,7 +154,7 @@ def test_more_than_two_to_the_31_elements(which: str) -> None:
     B, N, T = (8, count, 64) if which == "bank" else (count, 1, P)
     rows = [torch.randn(B, 1, T, D, device="cuda", dtype=torch.float16).requires_grad_() for _ in range(3)]
     bank = [torch.randn(N, 1, P, D, device="cuda", dtype=torch.float16).requires_grad_() for _ in range(2)]
-    ids = torch.arange(B, device="cuda") % 2 + N - min(N, 2)
+    ids = N - 1 - torch.arange(B, device="cuda") % min(N, 2)
     out = prefix_fast.prefix_attention(*rows, *bank, prefix_ids=ids, backend="triton")
     grad_out = torch.zeros_like(out)
     grad_out[-3:].normal_()
@@ -193,7 +192,7 @@ def test_compute_sanitizer_finds_nothing(tool: str, folder: Path) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None or torch.version.hip is not None:
         pytest.skip("compute-sanitizer is not on the path")
-    seeds = ("0", "8") if tool == "memcheck" else ("0", "2")
+    seeds = ("0", "6") if tool == "memcheck" else ("0", "2")
     command = [
         sanitizer,
         "--tool",
@@ -210,6 +209,6 @@ def test_compute_sanitizer_finds_nothing(tool: str, folder: Path) -> None:
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=400,
     )
     assert done.returncode == 0 and "0 failures" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
