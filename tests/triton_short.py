@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 from triton_cases import DTYPES, Call, check, check_order, run
-from triton_harness import words
+from triton_harness import Machine, words
 
 from prefix_fast.backends import triton, triton_short
 from prefix_fast.backends.problem import Grads
@@ -49,14 +49,14 @@ def agrees_with_the_oracle(dtype: str, call: Call) -> None:
     if dtype == "fp16" and case.seed % 2:
         case = replace(case, prefix_dtype=torch.float32)
     with fused(1):
-        check(replace(call, case=case), order=case.seed)
+        check(replace(call, case=case), Machine(case.seed))
 
 
 def has_the_same_bits_in_every_run(call: Call) -> None:
     """Ten runs, and programs in other orders."""
     with fused(2):
         check_order(call)
-    results = [run(call, seed) for seed in range(10)]
+    results = [run(call, Machine(seed)) for seed in range(10)]
     for result in results[1:]:
         for name, tensor in result.items():
             if not torch.equal(words(tensor), words(results[0][name])):
