@@ -24,6 +24,7 @@ MOST_PROGRAMS = 12  # rows × heads × query tiles
 PATHS = (
     None, Trial("few", Tile(16, 32, 1, 1)), *(Trial("split", Tile(queries, 32, 1, 1)) for queries in (16, 32, 64)),
 )  # fmt: skip
+APART = Trial("dkv", Tile(32, 32, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Call:
 
     case: Case
     layouts: tuple[tuple[str, str], ...] = ()  # of tensors by name: sliced, permuted, expanded0, expanded1, expanded2
-    scores: str = "normal"  # "large": up to ±1e4
+    scores: str = "normal"  # "large": up to ±1e4; "negative": all near -100, so e^-lse overflows
     hidden: str = "finite"  # what keys and values that nobody may read hold: nan, inf
     bias: str = "full"  # what attn_bias is broadcast from: full, heads, queries, one; with "-inf" some of it is -inf
     integers: str = "int64"  # dtype of ids, lengths, offsets; "strided": not dense in memory
@@ -41,6 +42,7 @@ class Call:
     grad_lse: bool = True
     unwanted: tuple[str, ...] = ()  # gradients that are not asked for
     path: Trial | None = None  # the forward kernel and its tile; None: the cost model's choice
+    apart: bool = False  # dq and dkv, also where one kernel would serve a short prefix
 
     def __str__(self) -> str:
         default = Call(self.case)
@@ -61,13 +63,13 @@ def random_call(seed: int, dtype: torch.dtype) -> Call:
     )  # fmt: skip
     hides = case.key_mask != "none" or (case.lengths == "random" and case.num_sets > 0)
     return Call(
-        case, layouts, scores="large" if choose.random() < 0.06 else "normal",
+        case, layouts, scores=choose.choice(["normal"] * 14 + ["large", "negative"]),
         hidden=choose.choice(["nan", "inf"]) if hides and choose.random() < 0.6 else "finite",
         bias=choose.choice(["full", "heads", "queries", "one"]) + choose.choice(["", "-inf"]),
         integers=choose.choice(["int64", "int32", "strided"]), plan=choose.random() < 0.5,
         grad_out=choose.choice(["dense", "dense", "sliced", "permuted", "sum"]), grad_lse=choose.random() < 0.6,
         unwanted=tuple(name for name in names if choose.random() < 0.5) if choose.random() < 0.25 else (),
-        path=choose.choice(PATHS[: 2 if case.packed else None]),
+        path=choose.choice(PATHS[: 2 if case.packed else None]), apart=choose.random() < 0.5,
     )  # fmt: skip
 
 
@@ -79,7 +81,8 @@ CORNERS = (  # what chance seldom makes
     Call(Case(B=1, H=32, Hkv=2, Tq=2, Tk=33, P=33, seed=4), grad_out="sum"),
     Call(Case(B=5, H=2, Hkv=2, Tq=33, Tk=33, N=3, P=37, ids="random", packed=True, packed_segments=True, seed=5)),
     Call(Case(B=2, H=2, Hkv=1, Tq=65, Tk=97, P=33, options={"window": 17, "in_window": True}, seed=6)),
-    Call(Case(B=1, H=2, Hkv=1, Tq=1, Tk=161, P=257, seed=7), path=PATHS[2]),  # more parts than a merge reads at a time
+    Call(Case(B=1, H=1, Hkv=1, Tq=1, Tk=65, P=69, num_sets=4, seed=21), path=PATHS[2]),  # more parts than one reading
+    Call(Case(B=3, H=2, Hkv=2, Tq=33, Tk=33, N=2, P=33, ids="random", lengths="random", seed=8), scores="negative"),
 )  # fmt: skip
 
 
@@ -133,6 +136,10 @@ def problem_of(call: Call) -> Problem:
                       default=1.0)  # fmt: skip
         reach = named["query"].float().norm(dim=-1).max().item() * largest * abs(problem.scale or 1) if largest else 1
         problem = replace(problem, scale=problem.scale * 1e4 / max(reach, 1e-3))
+    if call.scores == "negative":
+        for name, tensor in named.items():
+            named[name] = torch.cat([tensor[..., :1] * 0 + (10 if name == "query" else -10), tensor[..., 1:]], -1)
+        problem = replace(problem, scale=1.0)
     bias = problem.attn_bias
     if bias is not None:
         source = call.bias.removesuffix("-inf")
@@ -233,8 +240,9 @@ def run(call: Call, machine: Machine) -> dict[str, Tensor]:
     with machine.running():
         triton.forward(problem, out, lse, call.path)
         triton.backward(
-            problem, out, lse, grad_out, given_lse, Grads(grads["query"], grads["key"], grads["value"], of_sets)
-        )
+            problem, out, lse, grad_out, given_lse, Grads(grads["query"], grads["key"], grads["value"], of_sets),
+            APART if call.apart else None,
+        )  # fmt: skip
     machine.assert_intact()
     results = {"out": out, "lse": lse, **{f"grad.{name}": grad for name, grad in grads.items() if grad is not None}}
     return {name: result.cpu() for name, result in results.items()}
@@ -246,7 +254,7 @@ def check(call: Call, machine: Machine | None = None) -> None:
     problem = problem_of(call)
     grads = gradients_of(call, problem)
     true = truth(problem, grads)
-    if call.scores == "large":
+    if call.scores != "normal":
         _compare_large(results, true)
     else:
         testing.compare(problem, "triton", results, true, grads)

@@ -21,7 +21,7 @@ import triton_harness  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(200)
-TRIES = 12
+TRIES = 16
 KINDS = {
     "causal": lambda call: call.case.is_causal,
     "window": lambda call: "window" in call.case.options,
@@ -52,13 +52,14 @@ class Mutant(NamedTuple):
     new: str
     after: str = ""
     kinds: tuple[str, ...] = ()  # of KINDS
-    corner: bool = False  # begin with the corner cases
+    first: str = ""  # calls before the random ones: "corners", or "short", those of a short prefix
     far: tuple[str, ...] = ()  # calls in far memory that try it instead
 
 
 _ROWS, _PRIMITIVES, _KEYS = "kernels/row_major.py", "kernels/primitives.py", "kernels/key_major.py"
 _FORWARD, _DQ = "kernels/prefix_attention_fwd.py", "kernels/prefix_attention_bwd_dq.py"
 _ATTEND, _SPLIT, _MERGE = "kernels/attend.py", "kernels/prefix_attention_split_fwd.py", "kernels/merge_states.py"
+_SHORT, _PLAN = "kernels/prefix_attention_bwd_short.py", "prefix_fast/backends/problem.py"
 _DKV, _CALL = "kernels/prefix_attention_bwd_dkv.py", "prefix_fast/backends/triton_call.py"
 
 MUTANTS = [
@@ -70,7 +71,7 @@ MUTANTS = [
     Mutant(_ROWS, "tl.maximum(first_position - window + 1 - begin, 0)",
            "tl.maximum(last_position - window - begin, 0)", kinds=("window",)),
     Mutant(_ROWS, "length += valid", "length += size", kinds=("in window",)),
-    Mutant(_ROWS, "present = keys < valid", "present = keys <= valid"),
+    Mutant(_ROWS, "present = start + tile < valid", "present = start + tile <= valid"),
     Mutant(_PRIMITIVES, "offset = row * 0 + fixed_offset", "offset = row * 0"),
     Mutant(_PRIMITIVES, "query_offset + row.to(tl.int64) * stride",
            "query_offset + row.to(tl.int64) * 0", kinds=("offset",)),
@@ -112,12 +113,12 @@ MUTANTS = [
     Mutant(_FORWARD, "kv_head = head // GROUP", "kv_head = head % (tl.num_programs(1) // GROUP)", kinds=("group",)),
     Mutant(_DQ, "kv_head = head // GROUP", "kv_head = head % (tl.num_programs(1) // GROUP)", kinds=("group",)),
     Mutant(_DKV, "kv_head * GROUP + pair % GROUP", "kv_head + pair % GROUP", kinds=("group",)),
-    Mutant(_DKV, "tl.load(order + row)", "row", corner=True),
+    Mutant(_DKV, "tl.load(order + row)", "row", first="corners"),
     Mutant(_KEYS, "tl.load(starts + unit + 1).to(tl.int32) - first",
            "tl.load(starts + unit + 1).to(tl.int32) - first - 1", kinds=("ids",)),
     Mutant(_DKV, "split * share + share, pairs)", "split * share + share - 1, pairs)"),
     Mutant(_DKV, "tl.cdiv(tl.cdiv(max_queries, BLOCK_Q), query_splits)",
-           "(tl.cdiv(max_queries, BLOCK_Q) // query_splits)", corner=True),
+           "(tl.cdiv(max_queries, BLOCK_Q) // query_splits)", first="corners"),
     Mutant(_DKV, "range(parts)", "range(1, parts)"),
     Mutant(_DKV, "to(target.dtype.element_ty), mask=index < count", "to(target.dtype.element_ty), mask=index >= 0"),
     Mutant(_ROWS, "kv_head.to(tl.int64) * strides[4]", "kv_head.to(tl.int64) * strides[1]"),
@@ -125,16 +126,16 @@ MUTANTS = [
     Mutant(_DKV, "load_rows(v_base, strides[5]", "load_rows(v_base, strides[2]"),
     Mutant(_FORWARD, "head.to(tl.int64) * set_strides[SET][7]",
            "head.to(tl.int64) * set_strides[SET][6]", kinds=("bias",)),
-    Mutant(_DKV, "row64 * strides[6]", "row64 * 0", corner=True),
+    Mutant(_DKV, "row64 * strides[6]", "row64 * 0", first="corners"),
     Mutant(_PRIMITIVES, "row * PADDING", "row", kinds=("packed",)),
     Mutant(_PRIMITIVES, "return low, tile - begins", "return low, tile - begins + 1", kinds=("packed",)),
     Mutant(_FORWARD, "tl.store(lse_base + tile * lse_strides[2], level, mask=valid_queries)",
            "tl.store(lse_base + tile * lse_strides[2], level)"),
     Mutant(_CALL, "(0, tensor.stride(1), tensor.stride(0))",
            "(0, tensor.stride(0), tensor.stride(1))", kinds=("packed",)),
-    Mutant("prefix_fast/backends/problem.py", "torch.where(readable, ids.to(torch.int32), num_segments)",
+    Mutant(_PLAN, "torch.where(readable, ids.to(torch.int32), num_segments)",
            "torch.where(readable, ids.to(torch.int32), 0)"),
-    Mutant("prefix_fast/backends/problem.py", "torch.sort(units, stable=True)",
+    Mutant(_PLAN, "torch.sort(units, stable=True)",
            "torch.sort(units, descending=True)", kinds=("ids",)),
     Mutant(_CALL, "None if t is None else t.contiguous() for t in lists", "t for t in lists", kinds=("strided",)),
     Mutant(_CALL, "None if t is None else t.contiguous() for t in (given", "t for t in (given", kinds=("strided",)),
@@ -151,18 +152,33 @@ MUTANTS = [
     Mutant(_SPLIT, "slots = part * (", "slots = 0 * part * (", kinds=("split",)),
     Mutant(_SPLIT, "stream = row * (tl.num_programs(1) * GROUP) + head", "stream = row * tl.num_programs(1) + head",
            kinds=("split", "dropout")),
-    Mutant(_SPLIT, "bias_rows = row64 * strides[6]", "bias_rows = row64 * 0", corner=True),
-    Mutant(_MERGE, "output = output * factor + tl.sum", "output = output + tl.sum", corner=True),
-    Mutant(_MERGE, "total * factor + tl.sum", "total + tl.sum", corner=True),
+    Mutant(_SPLIT, "bias_rows = row64 * strides[6]", "bias_rows = row64 * 0", first="corners"),
+    Mutant(_MERGE, "output = output * factor + tl.sum", "output = output + tl.sum", first="corners"),
+    Mutant(_MERGE, "total * factor + tl.sum", "total + tl.sum", first="corners"),
     Mutant(_MERGE, "weights = exponential(levels, 1.0, reference, True)",
            "weights = exponential(levels, 1.0, 0.0, True)", kinds=("split",)),
     Mutant(_MERGE, "reference = tl.where(new_maximum == -INFINITY, 0.0, new_maximum)", "reference = new_maximum",
            kinds=("split",)),
     Mutant(_MERGE, "(unit < even(odd_sizes[index][0])), 0, chunks)", "(unit < even(odd_sizes[index][0])), 0, 0)",
            kinds=("split", "ids")),
-    Mutant(_MERGE, "read & (parts < first + even(odd_chunks[SETS]))", "read & (parts < PARTS)", kinds=("split",)),
+    Mutant(_MERGE, "read & (parts < first + even(odd_chunks[SETS]))",
+           "read & (parts < first + even(odd_chunks[SETS]) + 1)", kinds=("split",)),
     Mutant(_MERGE, "head = kv_head * GROUP + slot % GROUP", "head = kv_head + slot % GROUP", kinds=("split", "group")),
     Mutant(_MERGE, "token = pair % max_queries", "token = pair // kv_heads % max_queries", kinds=("split", "group")),
+    # The fused backward of a short prefix.
+    Mutant(_SHORT, "(tiles - 1 - item // pairs)", "(item % tiles)", first="short"),
+    Mutant(_SHORT, "first_reader + item % pairs // GROUP", "first_reader + item // GROUP", first="short"),
+    Mutant(_SHORT, "kv_head * GROUP + item % GROUP", "kv_head + item % GROUP", first="short"),
+    Mutant(_SHORT, "store_gradient(dk * scale", "store_gradient(dk", first="short"),
+    Mutant(_SHORT, "(dq * scale)", "dq", first="short"),
+    Mutant(_SHORT, "weights = tl.where(present[:, None], weights, 0.0)", "weights = weights", first="corners"),
+    Mutant(_SHORT, "present = keys < tl.where(unit < number, valid, 0)",
+           "present = keys < valid", first="short"),
+    Mutant(_SHORT, "exists = keys < tl.where(unit < number, size, 0)", "exists = keys < size", first="short"),
+    Mutant(_SHORT, "row * (tl.num_programs(1) * GROUP) + head", "row * tl.num_programs(1) + head",
+           first="short"),
+    Mutant("prefix_fast/backends/triton_short.py", "count if order is None else count + 1", "count",
+           first="short"),
     # Offsets in int32.
     Mutant(_FORWARD, "row.to(tl.int64) * query_strides[0]", "row * query_strides[0]", far=("rows",)),
     Mutant(_FORWARD, "head.to(tl.int64) * query_strides[1]", "head * query_strides[1]", far=("heads",)),
@@ -170,10 +186,10 @@ MUTANTS = [
     Mutant(_ATTEND, "first = tl.cast(start, tl.int64)", "first = start", far=("long rows",)),
     Mutant(_ROWS, "kv_head.to(tl.int64) * strides[1]", "kv_head * strides[1]", far=("key heads",)),
     Mutant(_ROWS, "unit.to(tl.int64) * strides[3]", "unit * strides[3]", far=("segments",)),
-    Mutant(_ROWS, "keys.to(tl.int64) * mask_stride", "keys * mask_stride", far=("bias keys",)),
+    Mutant(_ROWS, "tile.to(tl.int64) * mask_stride", "tile * mask_stride", far=("bias keys",)),
     Mutant(_ROWS, "keys.to(tl.int64)[None, :] * key_stride", "keys[None, :] * key_stride", far=("bias keys",)),
     Mutant(_DQ, "row64, head64, token = row.to(tl.int64), head.to(tl.int64)", "row64, head64, token = row, head",
-           far=("rows",)),
+           far=("split rows",)),
     Mutant(_DQ, "first = tl.cast(start, tl.int64)", "first = start", far=("long rows",)),
     Mutant(_DKV, "unit64, head64, token = unit.to(tl.int64)", "unit64, head64, token = unit", far=("segments",)),
     Mutant(_DKV, "row64, head64 = row.to(tl.int64)", "row64, head64 = row", far=("rows",)),
@@ -191,6 +207,8 @@ MUTANTS = [
     Mutant(_SPLIT, "unit.to(tl.int64), kv_head.to(tl.int64)", "unit.to(tl.int64), kv_head", far=("split key heads",)),
     Mutant(_SPLIT, "token.to(tl.int64) * strides[8]", "token * strides[8]", far=("split bias queries",)),
     Mutant(_MERGE, "row, head, token = row.to(tl.int64), head", "row, head, token = row, head", far=("split rows",)),
+    Mutant(_SHORT, "row64, head64, token = row.to(tl.int64)", "row64, head64, token = row", far=("rows",)),
+    Mutant(_SHORT, "unit64, head64 = segment.to(tl.int64)", "unit64, head64 = segment", far=("segments",)),
 ]  # fmt: skip
 
 
@@ -216,12 +234,14 @@ def killer(mutant: Mutant) -> str:
     """The first check that fails on the mutant whose package comes first on sys.path; empty: none."""
     import triton_cases
     import triton_far
+    import triton_short
 
     checks = [(f"far {name}", triton_far.check, triton_far.CALLS[name]) for name in mutant.far]
     if not mutant.far:
         random_calls = (triton_cases.random_call(seed, torch.float32) for seed in SEEDS)
         fitting = (call for call in random_calls if all(KINDS[kind](call) for kind in mutant.kinds))
-        calls = itertools.chain(triton_cases.CORNERS if mutant.corner else (), fitting)
+        listed = {"corners": triton_cases.CORNERS, "short": (*triton_short.FLAGS, *triton_short.SIZES)}
+        calls = itertools.chain(listed.get(mutant.first, ()), fitting)
         checks = ((str(call.case.seed), triton_cases.check, call) for call in itertools.islice(calls, TRIES))
     for name, check, call in checks:
         try:
