@@ -110,7 +110,7 @@ def recording(architecture: str, choose: Callable[[Device, Kind], Tiles] | None 
         launches.append(specialised(function, grid, target, *args, **kwargs))
 
     def tiles(index: int | None, kind: Kind) -> Tiles:
-        return tiles_for(device, kind.block_d, kind.dtype) if choose is None else choose(device, kind)
+        return tiles_for(device, kind.block_d, kind.dtype, kind.precision) if choose is None else choose(device, kind)
 
     with (
         mock.patch.object(JITFunction, "run", record),

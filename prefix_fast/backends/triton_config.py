@@ -42,49 +42,80 @@ class Device(NamedTuple):
     multiprocessors: int
 
 
-# Half precision, by the padded head dim. Starting points: sm_90 alone has been compiled, and nothing has been timed.
+def _of_256(forward: Tile, dq: Tile, dkv: Tile) -> Tiles:
+    """Head dims beyond 128: the kernels of few queries take small tiles too."""
+    return Tiles(forward, dq, dkv, split=Tile(16, 32, 4, 1), short=Tile(32, 32, 4, 1), few=Tile(32, 32, 4, 1))
+
+
+# Half precision, by the largest head dim: the largest tiles whose loops keep everything in registers, with a key mask
+# too. Chosen by the machine code of ahead-of-time compilation (benchmarks/static); nothing has been timed.
 _AMPERE = {
-    64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-    128: Tiles(Tile(128, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
+    64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 3)),
+    256: _of_256(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
 _ADA = {
-    64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-    128: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1), split=Tile(64, 32, 4, 2)),
+    64: _AMPERE[64],
+    128: _AMPERE[128]._replace(dkv=Tile(64, 64, 8, 2), split=Tile(64, 32, 4, 2)),
+    256: _of_256(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
 TABLE = {
     "sm_80": _AMPERE,
     "sm_86": _ADA,
     "sm_89": _ADA,
     "sm_90": {
-        64: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 128, 8, 2)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        256: _of_256(Tile(128, 32, 8, 1), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "sm_100": {
-        64: Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
-        128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        256: _of_256(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "sm_120": {
-        64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-        128: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1), split=Tile(64, 32, 4, 2)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        128: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), split=Tile(64, 32, 4, 2)),
+        256: _of_256(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "gfx942": {
         64: Tiles(Tile(128, 64, 4, 1), Tile(128, 64, 8, 1), Tile(32, 128, 4, 1)),
-        128: Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+        128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+        256: _of_256(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 32, 4, 1)),
+    },
+}
+# Float32 on NVIDIA, forward, dq and dkv by the precision of the products. Without tensor cores a thread holds whole
+# rows of its operands; three products of tf32 hold each operand twice.
+_FLOAT32 = {
+    "ieee": {
+        64: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        128: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    "tf32x3": {
+        64: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        128: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+    },
+    "tf32": {
+        64: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 1)),
+        128: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
     },
 }
 _INTERPRETER = every_kernel(Tile(32, 32, 1, 1))
 _MULTIPROCESSORS_OF_INTERPRETER = 8
 
 
-def tiles_for(device: Device, block_d: int, dtype: torch.dtype) -> Tiles:
-    """The configurations for a padded head dim; small safe ones where the table has no entry."""
+def tiles_for(device: Device, head_dim: int, dtype: torch.dtype, precision: str = "ieee") -> Tiles:
+    """The configurations for a head dim, and for float32 a precision; small safe ones where the table has no entry."""
     if device.architecture == "interpreter":
         return _INTERPRETER
-    if dtype == torch.float32:
-        return safe_tiles(block_d)
-    if block_d > 128:
-        return every_kernel(Tile(32, 32, 4, 1))._replace(forward=Tile(64, 32, 8, 1), split=Tile(16, 32, 4, 1))
-    return TABLE.get(device.architecture, _ADA)[max(block_d, 64)]
+    size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    if dtype != torch.float32:
+        return TABLE.get(device.architecture, _ADA)[size]
+    safe = safe_tiles(head_dim)
+    if device.architecture.startswith("gfx") or size not in _FLOAT32[precision]:
+        return safe
+    forward, dq, dkv = _FLOAT32[precision][size]
+    return safe._replace(forward=forward, dq=dq, dkv=dkv)
 
 
 def safe_tiles(block_d: int) -> Tiles:

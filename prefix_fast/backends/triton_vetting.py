@@ -207,7 +207,7 @@ def _warn_of_failure(environment: Environment, configuration: Configuration, ver
 def candidates(index: int | None, configuration: Configuration) -> tuple[Tile, Tile]:
     """The table's tile and the safe one."""
     kernel, kind = configuration
-    table = tiles_for(device_of(index), kind.block_d, kind.dtype)
+    table = tiles_for(device_of(index), kind.block_d, kind.dtype, kind.precision)
     return getattr(table, kernel), getattr(safe_tiles(kind.block_d), kernel)
 
 
