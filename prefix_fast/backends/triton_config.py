@@ -47,8 +47,8 @@ def _of_256(forward: Tile, dq: Tile, dkv: Tile) -> Tiles:
     return Tiles(forward, dq, dkv, split=Tile(16, 32, 4, 1), short=Tile(32, 32, 4, 1), few=Tile(32, 32, 4, 1))
 
 
-# Half precision, by the largest head dim: the largest tiles whose loops keep everything in registers, with a key mask
-# too. Chosen by the machine code of ahead-of-time compilation (benchmarks/static); nothing has been timed.
+# Half precision, by the largest head dim: of the tiles tried, the largest whose loops of a plain causal call keep
+# everything in registers. Chosen by the machine code of ahead-of-time compilation; nothing has been timed.
 _AMPERE = {
     64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 3)),
