@@ -56,7 +56,7 @@ _AMPERE = {
 }
 _ADA = {
     64: _AMPERE[64],
-    128: _AMPERE[128]._replace(dkv=Tile(64, 64, 8, 2), split=Tile(64, 32, 4, 2)),
+    128: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), split=Tile(64, 32, 4, 2)),
     256: _of_256(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
 TABLE = {
