@@ -41,6 +41,10 @@ def test_many_random_calls_agree_with_the_oracle(dtype: str, first: int, root: P
     assert "0 failures" in run_module(root, "triton_cases", dtype, first, first + (44 if dtype != "bf16" else 8))
 
 
+def test_random_calls_have_every_argument_often(root: Path) -> None:
+    assert "0 rare kinds" in run_module(root, "triton_cases", "kinds")
+
+
 def test_the_checks_see_kernels_that_break_their_rules(root: Path) -> None:
     assert "0 unseen" in run_module(root, "triton_faults")
 

@@ -95,7 +95,7 @@ def _random_case(choose: random.Random, seed: int) -> Case:
     slides = choose.random() < 0.3
     if slides and choose.random() < 0.6:  # long enough for a window to leave whole tiles
         B, group, Hkv, Tq = 1, min(group, 3), 1, choose.choice(TOKENS[-4:])
-    Tk = Tq if choose.random() < 0.5 else choose.choice(TOKENS)
+    Tk = Tq if choose.random() < 0.5 else choose.choice((0, *TOKENS))
     packed, packed_segments = choose.random() < 0.2, choose.random() < 0.25
     N = choose.choice([1, 1, 2, 3, 5])
     options: dict[str, Any] = {}
@@ -285,15 +285,64 @@ def check_order(call: Call) -> None:
             raise AssertionError(f"{name} depends on the order of the programs")
 
 
+# What random calls have: each often enough, and what mutants of a feature are tried on.
+KINDS = {
+    "causal": lambda call: call.case.is_causal,
+    "window": lambda call: "window" in call.case.options,
+    "in window": lambda call: call.case.options.get("in_window") and call.case.num_sets > 0,
+    "offset": lambda call: call.case.query_offset == "rows",
+    "ids": lambda call: call.case.ids == "random" and call.case.num_sets > 0,
+    "lengths": lambda call: call.case.lengths == "random" and call.case.num_sets > 0 and not call.case.packed_segments,
+    "softcap": lambda call: "softcap" in call.case.options,
+    "sinks": lambda call: "sinks" in call.case.options,
+    "mask": lambda call: call.case.key_mask != "none" and call.case.Tk >= 32,
+    "hidden": lambda call: call.hidden != "finite",
+    "dropout": lambda call: call.case.dropout_p > 0,
+    "scale": lambda call: "scale" in call.case.options,
+    "bias": lambda call: call.case.attn_bias or "segment_bias" in call.case.options,
+    "group": lambda call: call.case.Hkv > 1 and call.case.Hkv < call.case.H,
+    "packed": lambda call: call.case.packed and call.case.B > 1,
+    "strided": lambda call: call.integers == "strided",
+    "layouts": lambda call: bool(call.layouts),
+    "split": lambda call: call.path is not None and call.path.kernel == "split",
+    "sets": lambda call: call.case.num_sets > 1,
+    "no prefix": lambda call: call.case.num_sets == 0 or call.case.P == 0,
+    "no own keys": lambda call: call.case.Tk == 0 and not call.case.packed,
+    "float32 prefix": lambda call: call.case.prefix_dtype is not None,
+    "packed segments": lambda call: call.case.packed_segments and call.case.num_sets > 0,
+    "wide group": lambda call: call.case.H // call.case.Hkv >= 8,
+    "not causal": lambda call: not call.case.is_causal,
+    "large scores": lambda call: call.scores != "normal",
+    "-inf bias": lambda call: call.case.attn_bias and call.bias.endswith("-inf"),
+    "stride 0": lambda call: any(layout.startswith("expanded") for _, layout in call.layouts),
+    "summed": lambda call: call.grad_out == "sum",
+    "unwanted": lambda call: bool(call.unwanted),
+    "no lse gradient": lambda call: not call.grad_lse,
+    "plan": lambda call: call.plan and call.case.ids == "random",
+    "padded head dim": lambda call: call.case.D in (1, 24, 80, 96),
+    "apart": lambda call: call.apart,
+}
+
+
+def rare_kinds(calls: list[Call], least: int) -> list[str]:
+    """Kinds of which there are fewer."""
+    counts = {name: sum(bool(has(call)) for call in calls) for name, has in KINDS.items()}
+    return [f"{name}: {count}" for name, count in counts.items() if count < least]
+
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str]) -> int:
     """Check the random calls of a dtype and seeds [first, last); print the failures by id. Returns their number.
 
-    Instead of seeds, "corners" stands for those.
+    Instead of seeds, "corners" stands for those; "kinds" as the only argument counts what the calls have.
     """
     torch.set_num_threads(1)
+    if arguments == ["kinds"]:
+        rare = rare_kinds([random_call(seed, torch.float16) for seed in range(232)], least=8)
+        print(*rare, f"{len(rare)} rare kinds", sep="\n")
+        return len(rare)
     dtype = DTYPES[arguments[0]]
     if arguments[1:] == ["corners"]:
         calls = [replace(call, case=replace(call.case, dtype=dtype)) for call in CORNERS]

@@ -22,26 +22,6 @@ import triton_harness  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(200)
 TRIES = 16
-KINDS = {
-    "causal": lambda call: call.case.is_causal,
-    "window": lambda call: "window" in call.case.options,
-    "in window": lambda call: call.case.options.get("in_window") and call.case.num_sets > 0,
-    "offset": lambda call: call.case.query_offset == "rows",
-    "ids": lambda call: call.case.ids == "random" and call.case.num_sets > 0,
-    "lengths": lambda call: call.case.lengths == "random" and call.case.num_sets > 0 and not call.case.packed_segments,
-    "softcap": lambda call: "softcap" in call.case.options,
-    "sinks": lambda call: "sinks" in call.case.options,
-    "mask": lambda call: call.case.key_mask != "none" and call.case.Tk >= 32,
-    "hidden": lambda call: call.hidden != "finite",
-    "dropout": lambda call: call.case.dropout_p > 0,
-    "scale": lambda call: "scale" in call.case.options,
-    "bias": lambda call: call.case.attn_bias or "segment_bias" in call.case.options,
-    "group": lambda call: call.case.Hkv > 1 and call.case.Hkv < call.case.H,
-    "packed": lambda call: call.case.packed and call.case.B > 1,
-    "strided": lambda call: call.integers == "strided",
-    "layouts": lambda call: bool(call.layouts),
-    "split": lambda call: call.path is not None and call.path.kernel == "split",
-}
 
 
 class Mutant(NamedTuple):
@@ -51,7 +31,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     after: str = ""
-    kinds: tuple[str, ...] = ()  # of KINDS
+    kinds: tuple[str, ...] = ()  # of triton_cases.KINDS
     first: str = ""  # calls before the random ones: "corners", or "short", those of a short prefix
     far: tuple[str, ...] = ()  # calls in far memory that try it instead
 
@@ -239,7 +219,7 @@ def killer(mutant: Mutant) -> str:
     checks = [(f"far {name}", triton_far.check, triton_far.CALLS[name]) for name in mutant.far]
     if not mutant.far:
         random_calls = (triton_cases.random_call(seed, torch.float32) for seed in SEEDS)
-        fitting = (call for call in random_calls if all(KINDS[kind](call) for kind in mutant.kinds))
+        fitting = (call for call in random_calls if all(triton_cases.KINDS[kind](call) for kind in mutant.kinds))
         listed = {"corners": triton_cases.CORNERS, "short": (*triton_short.FLAGS, *triton_short.SIZES)}
         calls = itertools.chain(listed.get(mutant.first, ()), fitting)
         checks = ((str(call.case.seed), triton_cases.check, call) for call in itertools.islice(calls, TRIES))
