@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -62,3 +63,14 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"PREFIX_FAST_DATA names {folder}, which is no folder")
     return Path(folder)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A faked card of compute capability 9.0, and a cache of its own."""
+    from faked_cards import fake_cards, forget
+
+    monkeypatch.setenv("PREFIX_FAST_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield fake_cards(monkeypatch, (9, 0))[0]
+    forget()

@@ -6,7 +6,11 @@ import torch
 
 from prefix_fast import selfcheck
 from prefix_fast.backends import triton_vetting
-from prefix_fast.backends.triton_config import device_of
+from prefix_fast.backends.triton_config import device_of, tiles_for
+from prefix_fast.backends.triton_vetting import Configuration, Kind
+
+KIND = Kind(64, torch.bfloat16, "ieee", False)
+DKV = Configuration("dkv", KIND)
 
 
 def forget():
@@ -32,3 +36,11 @@ def fake_cards(monkeypatch, *capabilities):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     return cards
+
+
+def table_tile(kernel="dkv", kind=KIND):
+    return getattr(tiles_for(device_of(0), kind.block_d, kind.dtype), kernel)
+
+
+def files(tmp_path):
+    return sorted(path for path in tmp_path.rglob("*") if path.is_file())

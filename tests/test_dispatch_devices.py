@@ -92,7 +92,7 @@ def test_a_configuration_that_fails_with_its_safe_tile_too_is_refused():
 def test_full_precision_is_vetted_for_the_precision_in_use():
     kind = triton_vetting.kind_of(64, torch.float32, mixed=False)
     assert kind.precision == "ieee"
-    triton_vetting.record(0, Configuration("forward", kind), "wrong", None)
+    triton_vetting.record(0, Configuration("forward", kind), "wrong", "wrong")
     assert dispatch.choose("auto", "cuda", torch.float32, 64, ()) == "reference"
     torch.set_float32_matmul_precision("high")
     assert dispatch.choose("auto", "cuda", torch.float32, 64, ()) == "triton"

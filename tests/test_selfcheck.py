@@ -9,35 +9,17 @@ import sys
 
 import pytest
 import torch
-from faked_cards import fake_cards, forget
+from faked_cards import DKV, KIND, files, forget, table_tile
 
 from prefix_fast import selfcheck
 from prefix_fast.backends import triton_config, triton_vetting
-from prefix_fast.backends.triton_config import TABLE, device_of, safe_tiles, tiles_for
+from prefix_fast.backends.triton_config import TABLE, safe_tiles, tiles_for
 from prefix_fast.backends.triton_vetting import Configuration, Kind
 from prefix_fast.testing import Case
 
 pytest.importorskip("triton")
-KIND = Kind(64, torch.bfloat16, "ieee", False)
-DKV = Configuration("dkv", KIND)
+pytestmark = pytest.mark.usefixtures("card")
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def card(monkeypatch, tmp_path):
-    """A faked card of compute capability 9.0, and a cache of its own."""
-    monkeypatch.setenv("PREFIX_FAST_CACHE", str(tmp_path / "cache"))
-    forget()
-    yield fake_cards(monkeypatch, (9, 0))[0]
-    forget()
-
-
-def table_tile(kernel="dkv", kind=KIND):
-    return getattr(tiles_for(device_of(0), kind.block_d, kind.dtype), kernel)
-
-
-def files(tmp_path):
-    return sorted(path for path in tmp_path.rglob("*") if path.is_file())
 
 
 @pytest.fixture

@@ -11,37 +11,19 @@ import warnings
 
 import pytest
 import torch
-from faked_cards import fake_cards, forget
+from faked_cards import DKV, KIND, files, forget, table_tile
 
 from prefix_fast import selfcheck
 from prefix_fast.backends import triton_config, triton_vetting
 from prefix_fast.backends.triton_config import TABLE, Tile, device_of, safe_tiles, tiles_for
-from prefix_fast.backends.triton_vetting import Configuration, Kind
+from prefix_fast.backends.triton_vetting import Configuration
 
 pytest.importorskip("triton")
-KIND = Kind(64, torch.bfloat16, "ieee", False)
-DKV = Configuration("dkv", KIND)
-
-
-@pytest.fixture(autouse=True)
-def card(monkeypatch, tmp_path):
-    """A faked card of compute capability 9.0, and a cache of its own."""
-    monkeypatch.setenv("PREFIX_FAST_CACHE", str(tmp_path / "cache"))
-    forget()
-    yield fake_cards(monkeypatch, (9, 0))[0]
-    forget()
-
-
-def table_tile(kernel="dkv", kind=KIND):
-    return getattr(tiles_for(device_of(0), kind.block_d, kind.dtype), kernel)
+pytestmark = pytest.mark.usefixtures("card")
 
 
 def used_tile(kernel="dkv", kind=KIND):
     return getattr(triton_vetting.tiles_of_call(0, kind), kernel)
-
-
-def files(tmp_path):
-    return sorted(path for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_an_unchecked_configuration_uses_the_safe_tile_without_a_warning():
