@@ -22,7 +22,7 @@ from prefix_fast.kernels.primitives import (
     span_of,
     valid_span_of,
 )
-from prefix_fast.kernels.row_major import part_of, present_keys, sizes_of, windowed_length
+from prefix_fast.kernels.row_major import present_keys, sizes_of, tokens_of, windowed_length
 
 
 @triton.jit
@@ -31,36 +31,43 @@ def query_bounds(
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """(low, full_low, full_high, high): no query outside [low, high) sees a key of the block, and every query of
-    [full_low, full_high) sees all of them. The first two are multiples of BLOCK_Q.
+    [full_low, full_high) sees all of them. All but `high` are multiples of BLOCK_Q.
     """
     low = count * 0
     full_low = count * 0
     high = count
-    full_high = count
+    full_high = count // BLOCK_Q * BLOCK_Q
     if CAUSAL:
         low = tl.maximum(first_key - offset, 0) // BLOCK_Q * BLOCK_Q
         full_low = tl.cdiv(tl.maximum(last_key - offset, 0), BLOCK_Q) * BLOCK_Q
     if WINDOW:
         high = tl.minimum(count, tl.maximum(begin + last_key + window - offset, 0))
         limit = tl.maximum(begin + first_key + window - offset, 0)
-        full_high = tl.where(limit >= count, count, limit // BLOCK_Q * BLOCK_Q)
+        full_high = tl.minimum(count, limit) // BLOCK_Q * BLOCK_Q
     return low, full_low, full_high, high
 
 
 @triton.jit
 def _gather(
-    dk, dv, k, v, low, high, keys, present, first_key, dims, query, grad_out, levels, deltas, bias, query_stride,
-    grad_stride, bias_strides, count, offset, begin, window, scale, softcap, dropout,
+    dk, dv, k, v, low, full_low, full_high, high, keys, present, first_key, dims, query, grad_out, levels, deltas, bias,
+    query_stride, grad_stride, bias_strides, count, offset, begin, window, scale, softcap, dropout,
     SET: tl.constexpr, EDGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     NATURAL: tl.constexpr, DROPOUT: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries [low, high) of one row and head. Tokens past the last repeat it, with lse = +inf."""
+    """Add queries of one row and head: [full_low, full_high), or with EDGES the others of [low, high).
+
+    Both sides of the middle are one loop: a copy of it for each would take more registers than there are.
+    """
     tile = tl.arange(0, BLOCK_Q)
-    for start in range(low, high, BLOCK_Q):
+    begins = low if EDGES else full_low
+    ends = high - (full_high - full_low) if EDGES else full_high
+    for start in range(begins, ends, BLOCK_Q):
+        if EDGES:
+            start += tl.where(start >= full_low, full_high - full_low, 0)
         first = tl.cast(start, tl.int64)
-        tokens = tl.minimum(tile, count - 1 - start)
+        tokens = tokens_of(tile, count - start, EDGES)
         queries = start + tile
         q = load_rows(query + first * query_stride, query_stride, tokens, dims, tokens, False, D, BLOCK_D)
         do = load_rows(grad_out + first * grad_stride, grad_stride, tokens, dims, tokens, False, D, BLOCK_D)
@@ -187,13 +194,15 @@ def _one_reader(
     low, full_low, full_high, high = query_bounds(
         first_key, last_key, begin, offset, count, window, CAUSAL, WINDOW, BLOCK_Q
     )
-    for loop in tl.static_range(0 if CAUSAL else 1, 3 if WINDOW else 2):
-        begins, ends = part_of(low, full_low, full_high, high, loop)
+    low, high = tl.maximum(low, chunk_low), tl.minimum(high, chunk_high)
+    full_low = tl.minimum(tl.maximum(full_low, low), tl.maximum(low, high))
+    full_high = tl.minimum(tl.maximum(full_high, full_low), tl.maximum(full_low, high))
+    for loop in tl.static_range(2):
         dk, dv = _gather(
-            dk, dv, k, v, tl.maximum(begins, chunk_low), tl.minimum(ends, chunk_high), keys, present, first_key, dims,
-            q_base, do_base, levels + scratch, deltas + scratch, bias_base, query_strides[2], grad_strides[2],
-            strides[8:10], count, offset, begin, window, scale, softcap, dropout,
-            SET, loop != 1, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, WANT_K, WANT_V, D, BLOCK_D, BLOCK_Q, BLOCK_K,
+            dk, dv, k, v, low, full_low, full_high, high, keys, present, first_key, dims, q_base, do_base,
+            levels + scratch, deltas + scratch, bias_base, query_strides[2], grad_strides[2], strides[8:10], count,
+            offset, begin, window, scale, softcap, dropout,
+            SET, loop == 0, CAUSAL, WINDOW, SOFTCAP, NATURAL, DROPOUT, WANT_K, WANT_V, D, BLOCK_D, BLOCK_Q, BLOCK_K,
             PRECISION, UPCAST,
         )  # fmt: skip
     return dk, dv

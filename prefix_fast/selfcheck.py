@@ -35,7 +35,8 @@ def all_kinds() -> list[Kind]:
     """Every kind of call that the kernels serve."""
     of_halves = [(dtype, "ieee", mixed) for dtype in HALVES for mixed in (False, True)]
     of_singles = [(torch.float32, precision, False) for precision in PRECISIONS.values()]
-    return [Kind(block_d, *rest) for block_d in BLOCKS for rest in (*of_halves, *of_singles)]
+    kinds = [Kind(block_d, *rest) for block_d in BLOCKS for rest in (*of_halves, *of_singles)]
+    return [kind for kind in kinds if kind.block_d <= 128 or kind.precision == "ieee"]
 
 
 def usual_kinds() -> list[Kind]:

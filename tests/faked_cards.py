@@ -39,7 +39,7 @@ def fake_cards(monkeypatch, *capabilities):
 
 
 def table_tile(kernel="dkv", kind=KIND):
-    return getattr(tiles_for(device_of(0), kind.block_d, kind.dtype), kernel)
+    return getattr(tiles_for(device_of(0), *kind), kernel)
 
 
 def files(tmp_path):

@@ -70,7 +70,7 @@ def test_every_kind_has_its_tiles_on_every_architecture():
     for architecture in (*TABLE, "gfx90a", "sm_999"):
         for kind in selfcheck.all_kinds():
             device = triton_config.Device(architecture, 8)
-            assert all(isinstance(tile, Tile) for tile in tiles_for(device, kind.block_d, kind.dtype))
+            assert all(isinstance(tile, Tile) for tile in tiles_for(device, *kind))
 
 
 @pytest.mark.parametrize("found", [(None, None), ("wrong: ü\n", None), ("wrong", "wrong too")])

@@ -110,12 +110,13 @@ def recording(architecture: str, choose: Callable[[Device, Kind], Tiles] | None 
         launches.append(specialised(function, grid, target, *args, **kwargs))
 
     def tiles(index: int | None, kind: Kind) -> Tiles:
-        return tiles_for(device, kind.block_d, kind.dtype, kind.precision) if choose is None else choose(device, kind)
+        return tiles_for(device, *kind) if choose is None else choose(device, kind)
 
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(launcher, "device_of", return_value=device),
         mock.patch.object(triton_vetting, "tiles_of_call", tiles),
+        mock.patch.object(torch.version, "hip", "any" if target.backend == "hip" else None),
     ):
         yield launches
 

@@ -45,7 +45,7 @@ def _row_major(launch: Launch) -> tuple[str, ...]:
 
 
 def _dkv_own(launch: Launch) -> tuple[str, ...]:
-    return ("own diagonal", "own", *(("own window",) if launch.constant("WINDOW") else ()))
+    return ("own diagonal", "own")
 
 
 def _short(launch: Launch) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ ENTRIES = (
     Entry("split", "split_forward_kernel", _split, "forward_kernel"),
     Entry("merge", "merge_kernel"),
     Entry("dq", "dq_kernel", _row_major, "dq_kernel"),
-    Entry("dkv prefix", "dkv_kernel", lambda launch: ("prefix",), "dkv_kernel", _of_prefix),
+    Entry("dkv prefix", "dkv_kernel", lambda launch: ("prefix tail", "prefix"), "dkv_kernel", _of_prefix),
     Entry("dkv own", "dkv_kernel", _dkv_own, "dkv_kernel", lambda launch: not _of_prefix(launch)),
     Entry("short", "short_kernel", _short, "dq_kernel"),
     Entry("prepare", "prepare_kernel"),
@@ -159,15 +159,16 @@ def decode_of(D: int, B: int = 64, T: int = 1, **rest: Any) -> Call:
 CALLS = (
     *(call_of(D) for D in HEADS),
     call_of(64, torch.float16),
-    *(call_of(D, safe=True) for D in (64, 128, 256)),
+    *(call_of(D, safe=True) for D in (64, 256)),
     *(call_of(D, prefix_dtype=torch.float32) for D in (64, 128)),
-    *(call_of(D, torch.float32, precision) for D in (64, 128, 256) for precision in ("highest", "high", "medium")),
-    *(decode_of(D) for D in HEADS),
-    *(decode_of(D, 8, T) for D in (64, 128) for T in (1, 8)),
+    *(call_of(D, torch.float32, precision) for D in (64, 128) for precision in ("highest", "high", "medium")),
+    call_of(256, torch.float32),
+    *(decode_of(D) for D in (64, 128, 256)),
+    *(decode_of(D, 8, T) for D, T in ((64, 1), (128, 8))),
     decode_of(128, safe=True),
     decode_of(128, prefix_dtype=torch.float32),
-    *(decode_of(128, dtype=torch.float32, precision=precision) for precision in ("highest", "high")),
-    *(call_of(D, B=4, T=1, Tk=64, P=16, kernels=("forward",)) for D in HEADS),
+    decode_of(128, dtype=torch.float32),
+    *(call_of(D, B=4, T=1, Tk=64, P=16, kernels=("forward",)) for D in (64, 128, 256)),
 )
 SPECIAL_CALLS = (*(call_of(D, N=8) for D in (64, 128)), *(call_of(64, option=option) for option in OPTIONS))
 SHORT_CALLS = tuple(call_of(64, B=32, P=P, kernels=("short",)) for P in (10, 32))

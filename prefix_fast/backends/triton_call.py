@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.backends.problem import Problem, SegmentSet, make_plan
-from prefix_fast.backends.triton_config import PRECISIONS, Device, Tile
+from prefix_fast.backends.triton_config import Device, Tile, precision_of
 from prefix_fast.backends.triton_vetting import Kind
 
 SCRATCH_TILE = 128  # the kernels' PADDING
@@ -97,13 +97,12 @@ def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:
     kv_heads = problem.key.shape[1]
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     upcast = interpreting and problem.query.dtype == torch.bfloat16
-    full = problem.query.dtype == torch.float32
     flags = {
         "SETS": len(problem.sets), "IN_WINDOW": tuple(s.in_window for s in problem.sets), "GROUP": heads // kv_heads,
         "CAUSAL": problem.is_causal, "WINDOW": problem.window is not None, "SOFTCAP": problem.softcap is not None,
         "NATURAL": problem.attn_bias is not None or any(s.bias is not None for s in problem.sets),
         "DROPOUT": problem.dropout_p > 0, "D": head_dim, "BLOCK_D": block_d,
-        "PRECISION": PRECISIONS[torch.get_float32_matmul_precision()] if full else "ieee", "UPCAST": upcast,
+        "PRECISION": precision_of(problem.query.dtype, head_dim), "UPCAST": upcast,
     }  # fmt: skip
     return Call(
         problem, device, problem.num_rows, heads, kv_heads, max_queries, max_keys, block_d,

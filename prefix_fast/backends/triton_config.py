@@ -57,7 +57,7 @@ _AMPERE = {
 _ADA = {
     64: _AMPERE[64],
     128: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), split=Tile(64, 32, 4, 2)),
-    256: _of_256(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    256: _of_256(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
 }
 TABLE = {
     "sm_80": _AMPERE,
@@ -66,21 +66,21 @@ TABLE = {
     "sm_90": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-        256: _of_256(Tile(128, 32, 8, 1), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: _of_256(Tile(128, 32, 8, 1), Tile(128, 32, 8, 2), Tile(32, 32, 8, 3)),
     },
     "sm_100": {
         64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        256: _of_256(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
+        128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: _of_256(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 3)),
     },
     "sm_120": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-        128: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), split=Tile(64, 32, 4, 2)),
-        256: _of_256(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), split=Tile(64, 32, 4, 2)),
+        256: _of_256(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
     },
     "gfx942": {
         64: Tiles(Tile(128, 64, 4, 1), Tile(128, 64, 8, 1), Tile(32, 128, 4, 1)),
-        128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+        128: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(16, 64, 4, 1)),
         256: _of_256(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 32, 4, 1)),
     },
 }
@@ -88,7 +88,7 @@ TABLE = {
 # rows of its operands; three products of tf32 hold each operand twice.
 _FLOAT32 = {
     "ieee": {
-        64: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        64: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
         128: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     "tf32x3": {
@@ -100,19 +100,48 @@ _FLOAT32 = {
         128: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
     },
 }
+# Float32 segments beside half-precision queries, where a thread has no registers to convert the table's tiles in.
+_MIXED = {
+    64: {"forward": Tile(64, 64, 8, 1), "dq": Tile(64, 32, 4, 1), "dkv": Tile(32, 64, 4, 1)},
+    128: {"forward": Tile(64, 64, 8, 1), "dq": Tile(64, 32, 8, 1)},
+}
+_MIXED_AS_TABLE = ("sm_90", "sm_100")
 _INTERPRETER = every_kernel(Tile(32, 32, 1, 1))
 _MULTIPROCESSORS_OF_INTERPRETER = 8
 
 
-def tiles_for(device: Device, head_dim: int, dtype: torch.dtype, precision: str = "ieee") -> Tiles:
-    """The configurations for a head dim, and for float32 a precision; small safe ones where the table has no entry."""
+def precision_of(dtype: torch.dtype, head_dim: int) -> str:
+    """Of the products, under the present `torch.get_float32_matmul_precision`.
+
+    Half precision has one. Beyond a head dim of 128 tf32 keeps its operands in memory, however small the tiles are, and
+    AMD has no tf32x3, but matrix cores for float32: there float32 products are exact.
+    """
+    if dtype != torch.float32 or head_dim > 128:
+        return "ieee"
+    precision = PRECISIONS[torch.get_float32_matmul_precision()]
+    return "ieee" if precision == "tf32x3" and torch.version.hip is not None else precision
+
+
+def tiles_for(device: Device, head_dim: int, dtype: torch.dtype, precision: str = "ieee", mixed: bool = False) -> Tiles:
+    """The configurations for a head dim; small safe ones where the table has no entry.
+
+    Args:
+        device: the card, or the interpreter.
+        head_dim: of the call, padded or not.
+        dtype: of the queries.
+        precision: of float32 products, as from `precision_of`.
+        mixed: segments are float32 beside half-precision queries.
+    """
     if device.architecture == "interpreter":
         return _INTERPRETER
     size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    safe, amd = safe_tiles(head_dim), device.architecture.startswith("gfx")
     if dtype != torch.float32:
-        return TABLE.get(device.architecture, _ADA)[size]
-    safe = safe_tiles(head_dim)
-    if device.architecture.startswith("gfx") or size not in _FLOAT32[precision]:
+        tiles = TABLE.get(device.architecture, _ADA)[size]
+        if not mixed or device.architecture in _MIXED_AS_TABLE:
+            return tiles
+        return safe._replace(split=tiles.split, few=tiles.few) if amd else tiles._replace(**_MIXED.get(size, {}))
+    if amd or size not in _FLOAT32[precision]:
         return safe
     forward, dq, dkv = _FLOAT32[precision][size]
     return safe._replace(forward=forward, dq=dq, dkv=dkv)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prefix_fast.backends.triton_config import PRECISIONS, Tile, Tiles, device_of, safe_tiles, tiles_for
+from prefix_fast.backends.triton_config import Tile, Tiles, device_of, precision_of, safe_tiles, tiles_for
 from prefix_fast.files import replace_files
 
 KERNELS = Tiles._fields
@@ -92,8 +92,7 @@ _warned: set[tuple[Environment, Configuration] | str] = set()
 
 def kind_of(head_dim: int, dtype: torch.dtype, mixed: bool) -> Kind:
     """The kind of a call, under the present `torch.get_float32_matmul_precision`."""
-    precision = PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
-    return Kind(max(16, 1 << (head_dim - 1).bit_length()), dtype, precision, mixed)
+    return Kind(max(16, 1 << (head_dim - 1).bit_length()), dtype, precision_of(dtype, head_dim), mixed)
 
 
 def tiles_of_call(index: int | None, kind: Kind) -> Tiles:
@@ -207,7 +206,7 @@ def _warn_of_failure(environment: Environment, configuration: Configuration, ver
 def candidates(index: int | None, configuration: Configuration) -> tuple[Tile, Tile]:
     """The table's tile and the safe one."""
     kernel, kind = configuration
-    table = tiles_for(device_of(index), kind.block_d, kind.dtype, kind.precision)
+    table = tiles_for(device_of(index), *kind)
     return getattr(table, kernel), getattr(safe_tiles(kind.block_d), kernel)
 
 

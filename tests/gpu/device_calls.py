@@ -52,7 +52,7 @@ def with_tiles_of(call: Call, device: str) -> Call:
     if call.path is None or device == "cpu":
         return call
     kind = kind_of(call.case.D, call.case.dtype, call.case.prefix_dtype is not None)
-    table = tiles_for(device_of(torch.device(device).index or 0), kind.block_d, kind.dtype)
+    table = tiles_for(device_of(torch.device(device).index or 0), *kind)
     return replace(call, path=Trial(call.path.kernel, getattr(table, call.path.kernel)))
 
 
