@@ -89,20 +89,21 @@ TABLE = {
 _FLOAT32 = {
     "ieee": {
         64: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-        128: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        128: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
     "tf32x3": {
         64: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        128: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+        128: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
     },
     "tf32": {
-        64: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 1)),
-        128: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+        64: (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+        128: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
     },
 }
 # Float32 segments beside half-precision queries, where a thread has no registers to convert the table's tiles in.
 _MIXED = {
-    64: {"forward": Tile(64, 64, 8, 1), "dq": Tile(64, 32, 4, 1), "dkv": Tile(32, 64, 4, 1)},
+    64: {"forward": Tile(64, 64, 8, 1), "dq": Tile(64, 32, 8, 1), "dkv": Tile(32, 64, 4, 1)},
     128: {"forward": Tile(64, 64, 8, 1), "dq": Tile(64, 32, 8, 1)},
 }
 _MIXED_AS_TABLE = ("sm_90", "sm_100")
@@ -114,12 +115,10 @@ def precision_of(dtype: torch.dtype, head_dim: int) -> str:
     """Of the products, under the present `torch.get_float32_matmul_precision`.
 
     Half precision has one. Beyond a head dim of 128 tf32 keeps its operands in memory, however small the tiles are, and
-    AMD has no tf32x3, but matrix cores for float32: there float32 products are exact.
+    AMD has matrix cores for float32 and no tf32x3: there float32 products are exact.
     """
-    if dtype != torch.float32 or head_dim > 128:
-        return "ieee"
-    precision = PRECISIONS[torch.get_float32_matmul_precision()]
-    return "ieee" if precision == "tf32x3" and torch.version.hip is not None else precision
+    exact = dtype != torch.float32 or head_dim > 128 or torch.version.hip is not None
+    return "ieee" if exact else PRECISIONS[torch.get_float32_matmul_precision()]
 
 
 def tiles_for(device: Device, head_dim: int, dtype: torch.dtype, precision: str = "ieee", mixed: bool = False) -> Tiles:
