@@ -23,6 +23,7 @@ X86_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
+X86_FLAGS["avx512_bf16"] = (*X86_FLAGS["avx512"], "-mavx512bf16")
 COMMON_FLAGS = (
     "-std=c++17",
     "-O3",

@@ -278,6 +278,7 @@ py::list supported_isas() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         isas.append("avx512");
+        if (__builtin_cpu_supports("avx512bf16")) isas.append("avx512_bf16");
     }
 #endif
     return isas;

@@ -50,7 +50,7 @@ def test_error_is_within_the_budget(case, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", EDGES[3::4] + HEAD_DIMS[2:4] + OPTIONS[1::2] + DECODING[:3], ids=str)
+@pytest.mark.parametrize("case", EDGES[3::4] + HEAD_DIMS[:4] + OPTIONS[1::2] + DECODING[:3], ids=str)
 def test_error_is_within_the_budget_for_half_precision(case, dtype, isa):
     check(make_problem(replace(case, dtype=dtype)), "cpu")
 

@@ -3,15 +3,16 @@
 //   S[key][lane] = K Q^T (log2 units)      m' = max(m, max S)      P = 2^(S - m')
 //   l = l 2^(m - m') + sum P               O[d][lane] = O 2^(m - m') + V^T P
 //
-// q, k, v are read as float32, everything is accumulated in float32. Maximum, sum and mask are per lane, so
-// nothing is ever reduced across a vector. A masked score is -inf and adds exactly nothing: tiles that a lane
-// does not see leave its state bit for bit as it was.
+// q, k, v are read as float32 (or multiplied as pairs of bfloat16, pack.h), everything is accumulated in
+// float32. Maximum, sum and mask are per lane, so nothing is ever reduced across a vector. A masked score is
+// -inf and adds exactly nothing: tiles that a lane does not see leave its state bit for bit as it was.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "keys.h"
+#include "pack.h"
 
 namespace prefix_fast {
 
@@ -33,43 +34,40 @@ inline SoftmaxState begin_state(const Problem& p, const LaneBlock& block) {
     return state;
 }
 
-// Read the block's queries, times scale * log2 e, into [g][D][16].
+// Read the block's queries, times scale * log2 e unless they are pairs, into [g][D / pack][16].
+template <class Arithmetic>
 inline const float* load_queries(const Problem& p, const LaneBlock& block) {
     float* rows = scratch()[kQueryRows].floats(kLanes * row_stride(p.head_dim));
     float* lanes = scratch()[kQueryLanes].floats(kGroups * group_stride(p.head_dim));
-    read_lanes(p.query, block, p.head_dim, p.scale * kLog2E, rows);
-    rows_to_lanes(rows, block.groups, p.head_dim, lanes);
+    read_lanes(Arithmetic{}, p.query, block, p.head_dim, p.scale * kLog2E, rows);
+    rows_to_lanes(rows, block.groups, packed<Arithmetic>(p.head_dim), lanes);
     return lanes;
 }
 
-// S = A B for the keys that each group needs; A is [key][D] in place, B is [g][D][16].
+// S = A B for the keys that each group needs; A is [key][D], mostly in place, B is [g][D / pack][16].
+template <class Arithmetic, class Write>
 inline void score_tile(const LaneBlock& block, const KeyTile& tile, Matrix rows, int64_t head_dim,
-                       const float* lanes, float* scores, int64_t step) {
-    const int64_t lane_step = group_stride(head_dim);
-    if (tile.uniform) {
-        product_rows<Contiguous::kInner, false>(tile.count, head_dim, block.groups, rows, lanes, lane_step,
-                                                scores, step);
-        return;
-    }
-    for (int g = 0; g < block.groups; ++g) {
-        product_rows<Contiguous::kInner, false>(tile.needed[g], head_dim, 1, rows, lanes + g * lane_step,
-                                                lane_step, scores + g * step, step);
-    }
+                       const float* lanes, float* scores, int64_t step, Write write) {
+    const int64_t inner = packed<Arithmetic>(head_dim), lane_step = group_stride(inner);
+    const auto product = [&](int64_t keys, int groups, const float* b, float* c) {
+        product_rows<Arithmetic, Contiguous::kInner>(keys, inner, groups, rows, b, lane_step, c, step, write);
+    };
+    if (tile.uniform) return product(tile.count, block.groups, lanes, scores);
+    for (int g = 0; g < block.groups; ++g)
+        product(tile.needed[g], 1, lanes + g * lane_step, scores + g * step);
 }
 
-// O[g][d][lane] += sum over keys of A[key][d] weight[g][key][lane]
-inline void weigh_tile(const LaneBlock& block, const KeyTile& tile, Matrix rows, int64_t head_dim,
+// O[g][d][lane] += sum over keys of A[key][d] weight[g][key][lane]; both packed along the keys.
+template <class Arithmetic>
+inline void weigh_tile(const LaneBlock& block, const KeyTile& tile, Matrix columns, int64_t head_dim,
                        const float* weights, int64_t step, float* out) {
     const int64_t out_step = group_stride(head_dim);
-    if (tile.uniform) {
-        product_rows<Contiguous::kRows, true>(head_dim, tile.count, block.groups, rows, weights, step, out,
-                                              out_step);
-        return;
-    }
-    for (int g = 0; g < block.groups; ++g) {
-        product_rows<Contiguous::kRows, true>(head_dim, tile.needed[g], 1, rows, weights + g * step, step,
-                                              out + g * out_step, out_step);
-    }
+    const auto product = [&](int64_t keys, int groups, const float* b, float* c) {
+        product_rows<Arithmetic, Contiguous::kRows>(head_dim, packed<Arithmetic>(keys), groups, columns, b,
+                                                    step, c, out_step, Add{});
+    };
+    if (tile.uniform) return product(tile.count, block.groups, weights, out);
+    for (int g = 0; g < block.groups; ++g) product(tile.needed[g], 1, weights + g * step, out + g * out_step);
 }
 
 PF_INLINE Vec column_maximum(const float* scores, int64_t keys) {
@@ -112,23 +110,28 @@ inline void online_softmax_update(const LaneBlock& block, const KeyTile& tile, i
 }
 
 // Fold keys [first, last) of the run into the state.
+template <class Arithmetic>
 inline void attend(const Problem& p, const LaneBlock& block, const float* queries, const KeyRun& run,
                    int64_t first, int64_t last, SoftmaxState& state) {
+    const Arithmetic arithmetic;
+    const bool reused = block.groups > 1;
     const int64_t step = group_stride(kForwardTile);
     float* scores = scratch()[kScores].floats(kGroups * step);
     float* keep = p.dropout ? scratch()[kDropout].floats(kGroups * step) : nullptr;
     for (int64_t start = first; start < last; start += kForwardTile) {
         KeyTile tile;
         if (!bound_tile(block, run, start, std::min(kForwardTile, last - start), tile)) continue;
-        tile.key = tile_rows(run, run.key, run.key_stride, run.key_dtype, start, tile.count, p.head_dim,
-                             block.groups > 1, scratch()[kKeyTile]);
-        tile.value = tile_rows(run, run.value, run.value_stride, run.value_dtype, start, tile.count,
-                               p.head_dim, block.groups > 1, scratch()[kValueTile]);
-        score_tile(block, tile, tile.key, p.head_dim, queries, scores, step);
+        tile.key = tile_rows(arithmetic, run, run.key, run.key_stride, run.key_dtype, start, tile.count,
+                             p.head_dim, reused, scratch()[kKeyTile]);
+        tile.value = tile_columns(arithmetic, run, run.value, run.value_stride, run.value_dtype, start,
+                                  tile.count, p.head_dim, reused, scratch()[kValueTile]);
+        score_tile<Arithmetic>(block, tile, tile.key, p.head_dim, queries, scores, step,
+                               write_scores(arithmetic, p));
         mask_scores(p, block, run, tile, scores, step);
         if (keep != nullptr) dropout_tile(p, block, run, tile, keep, step);
         online_softmax_update(block, tile, p.head_dim, scores, step, keep, state);
-        weigh_tile(block, tile, tile.value, p.head_dim, scores, step, state.out);
+        const float* weights = pack_keys(arithmetic, block, tile, scores, step, scratch()[kPacked]);
+        weigh_tile<Arithmetic>(block, tile, tile.value, p.head_dim, weights, step, state.out);
     }
 }
 

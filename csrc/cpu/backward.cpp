@@ -164,6 +164,7 @@ void prefetch_next(const Problem& p, const Saved& saved, int64_t b, int64_t kv_h
     }
 }
 
+template <class Arithmetic>
 void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, const Grads& grads, int64_t b,
                        int64_t kv_head) {
     const RunSums own{own_sum(p, grads.key, b, kv_head, kOwnKeyGrad),
@@ -176,20 +177,20 @@ void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, c
         const LaneBlock block = row_block(p, b, kv_head, first);
         BlockState state;
         if (grads.query) prefetch_rows<true>(p, grads.query, b, kv_head, first);
-        load_block(p, block, saved, want_keys, static_cast<bool>(grads.query), state);
+        load_block<Arithmetic>(p, block, saved, want_keys, static_cast<bool>(grads.query), state);
         prefetch_next(p, saved, b, kv_head, first + kLanes);
         for (int s = 0; s < static_cast<int>(p.sets.size()); ++s) {
             const int64_t n = p.sets[s].ids[b];
             if (n < 0) continue;
             const int64_t segments = static_cast<int64_t>(p.sets[s].length.size());
-            differentiate(p, block, state, segment_run(p, s, n, kv_head),
-                          set_sums(plan, s, n, segments, b, kv_head));
+            differentiate<Arithmetic>(p, block, state, segment_run(p, s, n, kv_head),
+                                      set_sums(plan, s, n, segments, b, kv_head));
         }
-        differentiate(p, block, state, own_keys, own);
+        differentiate<Arithmetic>(p, block, state, own_keys, own);
         if (!grads.query) continue;
         float* rows = scratch()[kOutRows].floats(kLanes * row_stride(p.head_dim));
         lanes_to_rows(state.query_grad, block.groups, p.head_dim, rows);
-        write_lanes(grads.query, block, p.head_dim, p.scale, rows);
+        write_lanes(grads.query, block, p.head_dim, state.query_scale, rows);
     }
     write_own(p, grads.key, b, kv_head, own.key);
     write_own(p, grads.value, b, kv_head, own.value);
@@ -207,7 +208,10 @@ void run_chunk(const Problem& p, const Plan& plan, const Saved& saved, const Gra
     }
     const int64_t end = std::min(p.rows, (chunk + 1) * plan.rows_per_chunk);
     for (int64_t b = chunk * plan.rows_per_chunk; b < end; ++b) {
-        if (row_matters(p, plan, grads, b)) differentiate_row(p, plan, saved, grads, b, kv_head);
+        if (!row_matters(p, plan, grads, b)) continue;
+        with_arithmetic(p, [&](auto arithmetic) {
+            differentiate_row<decltype(arithmetic)>(p, plan, saved, grads, b, kv_head);
+        });
     }
 }
 

@@ -138,13 +138,14 @@ LaneBlock reader_block(const Problem& p, const FoldedItem& item) {
     return block;
 }
 
+template <class Arithmetic>
 void run_folded(const Problem& p, const FoldedItem& item) {
     const LaneBlock block = reader_block(p, item);
-    const float* queries = load_queries(p, block);
+    const float* queries = load_queries<Arithmetic>(p, block);
     SoftmaxState state = begin_state(p, block);
     const KeyRun run = segment_run(p, item.folded->set, item.segment, item.kv_head);
     const int64_t first = item.chunk * item.folded->chunk;
-    attend(p, block, queries, run, first, std::min(first + item.folded->chunk, run.last), state);
+    attend<Arithmetic>(p, block, queries, run, first, std::min(first + item.folded->chunk, run.last), state);
     float* rows = scratch()[kOutRows].floats(kLanes * row_stride(p.head_dim));
     lanes_to_rows(state.out, block.groups, p.head_dim, rows);
     for (int lane = 0; lane < block.lanes; ++lane) {
@@ -189,19 +190,20 @@ void finish(const Problem& p, const Plan& plan, const LaneBlock& block, float* m
     }
 }
 
+template <class Arithmetic>
 void run_row(const Problem& p, const Plan& plan, const LaneBlock& block, int64_t kv_head,
              const TokenView& out, const TokenView& lse) {
     const int64_t b = block.row[0];
-    const float* queries = load_queries(p, block);
+    const float* queries = load_queries<Arithmetic>(p, block);
     SoftmaxState state = begin_state(p, block);
     for (int s : plan.walked) {
         const int64_t id = p.sets[s].ids[b];
         if (id < 0) continue;
         const KeyRun run = segment_run(p, s, id, kv_head);
-        attend(p, block, queries, run, run.first, run.last, state);
+        attend<Arithmetic>(p, block, queries, run, run.first, run.last, state);
     }
     const KeyRun own = own_run(p, b, kv_head);
-    attend(p, block, queries, own, own.first, own.last, state);
+    attend<Arithmetic>(p, block, queries, own, own.first, own.last, state);
     float* rows = scratch()[kOutRows].floats(kLanes * row_stride(p.head_dim));
     lanes_to_rows(state.out, block.groups, p.head_dim, rows);
     finish(p, plan, block, state.maximum, state.sum, rows, out, lse);
@@ -230,7 +232,9 @@ void run_few(const Problem& p, const Plan& plan, const LaneBlock& block, int64_t
 void forward(const Problem& p, const TokenView& out, const TokenView& lse) {
     const Plan plan = make_plan(p);
     const std::vector<FoldedItem> items = folded_items(p, plan);
-    parallel_for(p.threads, static_cast<int64_t>(items.size()), [&](int64_t i) { run_folded(p, items[i]); });
+    parallel_for(p.threads, static_cast<int64_t>(items.size()), [&](int64_t i) {
+        with_arithmetic(p, [&](auto arithmetic) { run_folded<decltype(arithmetic)>(p, items[i]); });
+    });
 
     // Head slowest: the blocks that read one head's prefix follow each other.
     const int64_t blocks = (p.longest_query * p.group() + kLanes - 1) / kLanes;
@@ -249,7 +253,9 @@ void forward(const Problem& p, const TokenView& out, const TokenView& lse) {
         if (plan.few) {
             run_few(p, plan, block, kv_head, out, lse);
         } else {
-            run_row(p, plan, block, kv_head, out, lse);
+            with_arithmetic(p, [&](auto arithmetic) {
+                run_row<decltype(arithmetic)>(p, plan, block, kv_head, out, lse);
+            });
         }
     });
     trim_scratch();

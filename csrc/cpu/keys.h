@@ -87,7 +87,7 @@ inline Matrix tile_rows(const KeyRun& run, const char* data, int64_t stride, DTy
     const char* source = data + start * stride;
     const bool scattered = reused && stride >= kScatteredRows;
     if (dtype == DType::kFloat32 && run.mask == nullptr && !scattered) {
-        return {reinterpret_cast<const float*>(source), stride / static_cast<int64_t>(sizeof(float))};
+        return {reinterpret_cast<const float*>(source), stride / static_cast<int64_t>(sizeof(float)), true};
     }
     const int64_t target_stride = row_stride(head_dim);
     float* target = buffer.floats(count * target_stride);

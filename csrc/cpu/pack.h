@@ -1,0 +1,200 @@
+// Operands of the products: float32 as they are, or bfloat16 values two to an element (avx512_bf16).
+//
+//   [lane][D]      -> [g][D / pack][16]      queries, dO: pairs along D
+//   keys [key][D]  -> in place               pairs along D are neighbours in memory
+//   keys [key][D]  -> [key / pack][D]        pairs of keys, for products that sum over keys
+//   P [g][key][16] -> [g][key / pack][16]    the weights beside them; rounded to bfloat16
+//   P [g][key][16] -> [g][key][16 / pack]    pairs of lanes, for products that sum over lanes
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "gemm.h"
+#include "keys.h"
+#include "lanes.h"
+#include "parallel.h"
+#include "problem.h"
+
+namespace prefix_fast {
+
+template <class Arithmetic>
+constexpr int64_t packed(int64_t count) {
+    return (count + Arithmetic::kPack - 1) / Arithmetic::kPack;
+}
+
+// Whether every operand is bfloat16 and this build multiplies such pairs.
+inline bool multiplies_pairs(const Problem& p) {
+    const auto pairs = [](const TokenView& tensor) { return tensor.dtype == DType::kBFloat16; };
+    bool all = kNativeBFloat16 && pairs(p.query) && pairs(p.key) && pairs(p.value);
+    for (const SegmentSet& set : p.sets) all = all && pairs(set.key) && pairs(set.value);
+    return all;
+}
+
+// f(arithmetic of the call)
+template <class F>
+void with_arithmetic(const Problem& p, F&& f) {
+#if defined(__AVX512BF16__)
+    if (multiplies_pairs(p)) return f(Pairs{});
+#endif
+    f(Singles{});
+}
+
+#if defined(__AVX512BF16__)
+// target[d] = (first[d], second[d]); a null row is zeros; zeros up to a whole vector.
+inline void interleave_rows(const uint16_t* first, const uint16_t* second, int64_t head_dim, float* target) {
+    const __mmask16 whole = 0xFFFF;
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+        const int64_t rest = head_dim - d;
+        const __mmask16 lanes = rest < kWidth ? static_cast<__mmask16>((1u << rest) - 1) : whole;
+        __m512i low = _mm512_setzero_si512(), high = low;
+        if (first != nullptr)
+            low = _mm512_maskz_cvtepu16_epi32(whole, _mm256_maskz_loadu_epi16(lanes, first + d));
+        if (second != nullptr) {
+            high = _mm512_maskz_cvtepu16_epi32(whole, _mm256_maskz_loadu_epi16(lanes, second + d));
+        }
+        store(target + d, (Vec)_mm512_or_si512(low, _mm512_maskz_slli_epi32(whole, high, 16)));
+    }
+}
+
+// (a, b) of every lane, rounded to bfloat16.
+PF_INLINE Vec interleave(Vec a, Vec b) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    const __m512i order = _mm512_load_si512(kOrder);
+    return (Vec)_mm512_maskz_permutexvar_epi16(0xFFFFFFFF, order, halves);
+}
+
+// Rows of a tile as they are, where pairs along D are whole elements; else copied, zeros for masked keys.
+inline Matrix tile_rows(Pairs, const KeyRun& run, const char* data, int64_t stride, DType, int64_t start,
+                        int64_t count, int64_t head_dim, bool reused, Buffer& buffer) {
+    const char* source = data + start * stride;
+    const bool whole = stride % 4 == 0 && head_dim % 2 == 0;
+    if (whole && run.mask == nullptr && !(reused && stride >= kScatteredRows)) {
+        return {reinterpret_cast<const float*>(source), stride / 4, true};
+    }
+    const int64_t target_stride = row_stride(packed<Pairs>(head_dim));
+    float* target = buffer.floats(count * target_stride);
+    for (int64_t j = 0; j < count; ++j, source += stride) {
+        float* row = target + j * target_stride;
+        row[packed<Pairs>(head_dim) - 1] = 0.0f;
+        const size_t bytes = 2 * static_cast<size_t>(head_dim);
+        run.visible(start + j) ? std::memcpy(row, source, bytes) : std::memset(row, 0, bytes);
+    }
+    return {target, target_stride};
+}
+
+// [key / 2][D] pairs of keys; zeros for masked ones and past the count.
+inline Matrix tile_columns(Pairs, const KeyRun& run, const char* data, int64_t stride, DType, int64_t start,
+                           int64_t count, int64_t head_dim, bool, Buffer& buffer, Matrix = {nullptr, 0}) {
+    const int64_t target_stride = row_stride(head_dim);
+    float* target = buffer.floats(packed<Pairs>(count) * target_stride);
+    const auto row = [&](int64_t j) {
+        const bool present = j < count && run.visible(start + j);
+        return present ? reinterpret_cast<const uint16_t*>(data + (start + j) * stride) : nullptr;
+    };
+    for (int64_t j = 0; j < count; j += 2) {
+        interleave_rows(row(j), row(j + 1), head_dim, target + j / 2 * target_stride);
+    }
+    return {target, target_stride};
+}
+
+inline const float* pack_keys(Pairs, const LaneBlock& block, const KeyTile& tile, const float* weights,
+                              int64_t step, Buffer& buffer) {
+    float* pairs = buffer.floats(kGroups * step);
+    for (int g = 0; g < block.groups; ++g) {
+        const float* from = weights + g * step;
+        for (int64_t j = 0; j < tile.needed[g]; j += 2) {
+            const Vec second = j + 1 < tile.needed[g] ? load(from + (j + 1) * kGroup) : Vec{};
+            store(pairs + g * step + j / 2 * kGroup, interleave(load(from + j * kGroup), second));
+        }
+    }
+    return pairs;
+}
+
+inline const float* pack_lanes(Pairs, const LaneBlock& block, const KeyTile& tile, const float* weights,
+                               int64_t step, Buffer& buffer) {
+    float* pairs = buffer.floats(kGroups * step);
+    for (int g = 0; g < block.groups; ++g) {
+        for (int64_t j = 0; j < tile.needed[g]; ++j) {
+            const __m256bh half = _mm512_cvtneps_pbh((__m512)load(weights + g * step + j * kGroup));
+            std::memcpy(pairs + g * step + j * (kGroup / 2), &half, sizeof(half));
+        }
+    }
+    return pairs;
+}
+
+// The block's rows of a bfloat16 tensor, unscaled; zeros in idle lanes.
+inline void read_lanes(Pairs, const TokenView& tensor, const LaneBlock& block, int64_t head_dim, float,
+                       float* rows) {
+    const int64_t stride = row_stride(packed<Pairs>(head_dim)),
+                  padded = round_up(packed<Pairs>(head_dim), kGroup);
+    for (int lane = 0; lane < block.groups * kGroup; ++lane) {
+        float* target = rows + lane * stride;
+        std::memset(target, 0, static_cast<size_t>(padded) * sizeof(float));
+        if (lane >= block.lanes) continue;
+        const char* source = tensor.at(block.row[lane], block.head[lane], block.query[lane]);
+        std::memcpy(target, source, 2 * static_cast<size_t>(head_dim));
+    }
+}
+
+// [lane][D] as read -> [lane / 2][D] pairs of lanes
+inline const float* pack_rows(Pairs, const LaneBlock& block, int64_t head_dim, const float* rows,
+                              Buffer& buffer) {
+    const int64_t stride = row_stride(packed<Pairs>(head_dim)), target_stride = row_stride(head_dim);
+    float* pairs = buffer.floats(kLanes / 2 * target_stride);
+    for (int lane = 0; lane < block.groups * kGroup; lane += 2) {
+        float* target = pairs + lane / 2 * target_stride;
+        std::memset(target, 0, static_cast<size_t>(round_up(head_dim, kGroup)) * sizeof(float));
+        interleave_rows(reinterpret_cast<const uint16_t*>(rows + lane * stride),
+                        reinterpret_cast<const uint16_t*>(rows + (lane + 1) * stride), head_dim, target);
+    }
+    return pairs;
+}
+
+// Queries stay as they are: their scale goes to the scores, and to dS.
+inline AssignScaled write_scores(Pairs, const Problem& p) {
+    return {p.scale * kLog2E};
+}
+#endif
+
+inline Matrix tile_rows(Singles, const KeyRun& run, const char* data, int64_t stride, DType dtype,
+                        int64_t start, int64_t count, int64_t head_dim, bool reused, Buffer& buffer) {
+    return tile_rows(run, data, stride, dtype, start, count, head_dim, reused, buffer);
+}
+
+// The tile's rows for a product that sums over keys: `rows`, where the caller has them already.
+inline Matrix tile_columns(Singles, const KeyRun& run, const char* data, int64_t stride, DType dtype,
+                           int64_t start, int64_t count, int64_t head_dim, bool reused, Buffer& buffer,
+                           Matrix rows = {nullptr, 0}) {
+    if (rows.data != nullptr) return rows;
+    return tile_rows(run, data, stride, dtype, start, count, head_dim, reused, buffer);
+}
+
+inline const float* pack_keys(Singles, const LaneBlock&, const KeyTile&, const float* weights, int64_t,
+                              Buffer&) {
+    return weights;
+}
+
+inline const float* pack_lanes(Singles, const LaneBlock&, const KeyTile&, const float* weights, int64_t,
+                               Buffer&) {
+    return weights;
+}
+
+inline void read_lanes(Singles, const TokenView& tensor, const LaneBlock& block, int64_t head_dim,
+                       float factor, float* rows) {
+    read_lanes(tensor, block, head_dim, factor, rows);
+}
+
+inline const float* pack_rows(Singles, const LaneBlock&, int64_t, const float* rows, Buffer&) {
+    return rows;
+}
+
+inline Assign write_scores(Singles, const Problem&) {
+    return {};
+}
+
+}  // namespace prefix_fast
