@@ -21,7 +21,7 @@ constexpr int64_t kChunkQueries = 512;  // lanes over which a part's traffic is 
 
 // One chunk's part of one segment's gradient: [Hkv][length][D].
 struct Part {
-    int64_t chunk, segment;
+    int64_t chunk, segment, length;
     Sum key, value;                // of key/value head 0
     int64_t key_head, value_head;  // floats from head to head
     bool key_in_place, value_in_place;
@@ -54,7 +54,7 @@ void list_parts(const Problem& p, int index, Plan& plan) {
         if (n < 0 || s.part_of[chunk * segments + n] >= 0) continue;
         s.part_of[chunk * segments + n] = static_cast<int64_t>(s.parts.size());
         s.readers[n].push_back(static_cast<int64_t>(s.parts.size()));
-        s.parts.push_back({chunk, n, {}, {}, 0, 0, false, false});
+        s.parts.push_back({chunk, n, set.length[n], {}, {}, 0, 0, false, false});
     }
 }
 
@@ -65,7 +65,7 @@ int64_t place(const Problem& p, const TokenView& grad, int64_t segment, int64_t 
     if (!grad) return memory;
     in_place = alone && sums_in_place(grad, p.head_dim);
     if (in_place) {
-        sum = {reinterpret_cast<float*>(grad.at(segment, 0, 0)), grad.token / 4};
+        sum = {reinterpret_cast<float*>(grad.at(segment, 0, 0)), grad.token / 4, 0};
         head = grad.head / 4;
         return memory;
     }
@@ -105,35 +105,31 @@ Plan make_plan(const Problem& p, const Grads& grads) {
     return plan;
 }
 
-void clear_rows(Sum sum, int64_t rows, int64_t columns) {
-    if (sum.data == nullptr) return;
-    for (int64_t j = 0; j < rows; ++j) std::fill_n(sum.data + j * sum.stride, columns, 0.0f);
-}
-
 Sum at_head(Sum sum, int64_t head_stride, int64_t kv_head) {
     if (sum.data != nullptr) sum.data += kv_head * head_stride;
     return sum;
 }
 
-// The sums of row b's part of a set, or nothing when no gradient of the set is wanted.
+// The sums of row b's part of a set, all written before; or nothing when no gradient of the set is wanted.
 RunSums set_sums(const Plan& plan, int set, int64_t segment, int64_t segments, int64_t b, int64_t kv_head) {
     const SetPlan& s = plan.sets[set];
     if (s.part_of.empty()) return {};
     const Part& part = s.parts[s.part_of[b / plan.rows_per_chunk * segments + segment]];
-    return {at_head(part.key, part.key_head, kv_head), at_head(part.value, part.value_head, kv_head)};
+    RunSums sums{at_head(part.key, part.key_head, kv_head), at_head(part.value, part.value_head, kv_head)};
+    sums.key.written = sums.value.written = part.length;
+    return sums;
 }
 
 // Where the gradient of row b's own keys (or values) is summed: in place if it can be, else in scratch.
 Sum own_sum(const Problem& p, const TokenView& grad, int64_t b, int64_t kv_head, Slot slot) {
     const int64_t keys = p.keys_of(b), columns = round_up(p.head_dim, kGroup);
     if (!grad || keys == 0) return {};
-    Sum sum{nullptr, columns};
+    Sum sum{nullptr, columns, 0};
     if (sums_in_place(grad, p.head_dim)) {
-        sum = {reinterpret_cast<float*>(grad.at(b, kv_head, 0)), grad.token / 4};
+        sum = {reinterpret_cast<float*>(grad.at(b, kv_head, 0)), grad.token / 4, 0};
     } else {
         sum.data = scratch()[slot].floats(keys * columns);
     }
-    clear_rows(sum, keys, columns);
     return sum;
 }
 
@@ -167,8 +163,8 @@ void prefetch_next(const Problem& p, const Saved& saved, int64_t b, int64_t kv_h
 template <class Arithmetic>
 void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, const Grads& grads, int64_t b,
                        int64_t kv_head) {
-    const RunSums own{own_sum(p, grads.key, b, kv_head, kOwnKeyGrad),
-                      own_sum(p, grads.value, b, kv_head, kOwnValueGrad)};
+    RunSums own{own_sum(p, grads.key, b, kv_head, kOwnKeyGrad),
+                own_sum(p, grads.value, b, kv_head, kOwnValueGrad)};
     const KeyRun own_keys = own_run(p, b, kv_head);
     bool want_keys = own.key.data != nullptr;
     for (const SegmentGrads& set : grads.sets) want_keys |= static_cast<bool>(set.key);
@@ -183,8 +179,8 @@ void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, c
             const int64_t n = p.sets[s].ids[b];
             if (n < 0) continue;
             const int64_t segments = static_cast<int64_t>(p.sets[s].length.size());
-            differentiate<Arithmetic>(p, block, state, segment_run(p, s, n, kv_head),
-                                      set_sums(plan, s, n, segments, b, kv_head));
+            RunSums sums = set_sums(plan, s, n, segments, b, kv_head);
+            differentiate<Arithmetic>(p, block, state, segment_run(p, s, n, kv_head), sums);
         }
         differentiate<Arithmetic>(p, block, state, own_keys, own);
         if (!grads.query) continue;
@@ -192,6 +188,9 @@ void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, c
         lanes_to_rows(state.query_grad, block.groups, p.head_dim, rows);
         write_lanes(grads.query, block, p.head_dim, state.query_scale, rows);
     }
+    const int64_t columns = round_up(p.head_dim, kGroup);
+    own.key.clear_to(p.keys_of(b), columns);
+    own.value.clear_to(p.keys_of(b), columns);
     write_own(p, grads.key, b, kv_head, own.key);
     write_own(p, grads.value, b, kv_head, own.value);
 }
@@ -202,8 +201,8 @@ void run_chunk(const Problem& p, const Plan& plan, const Saved& saved, const Gra
         for (const Part& part : plan.sets[s].parts) {
             if (part.chunk != chunk) continue;
             const int64_t length = p.sets[s].length[part.segment], columns = round_up(p.head_dim, kGroup);
-            clear_rows(at_head(part.key, part.key_head, kv_head), length, columns);
-            clear_rows(at_head(part.value, part.value_head, kv_head), length, columns);
+            at_head(part.key, part.key_head, kv_head).clear_to(length, columns);
+            at_head(part.value, part.value_head, kv_head).clear_to(length, columns);
         }
     }
     const int64_t end = std::min(p.rows, (chunk + 1) * plan.rows_per_chunk);

@@ -22,10 +22,17 @@ namespace prefix_fast {
 constexpr int64_t kBackwardTile = 64;  // keys
 
 // Where the gradient of a run's keys or values is summed: rows [position][D], `stride` floats apart. Null:
-// not wanted.
+// not wanted. Positions from `written` on hold nothing yet: the first tile there assigns instead of adding.
 struct Sum {
     float* data = nullptr;
     int64_t stride = 0;
+    int64_t written = 0;
+
+    // Zeros up to `end`, where nothing was written.
+    void clear_to(int64_t end, int64_t columns) {
+        for (; data != nullptr && written < end; ++written)
+            std::fill_n(data + written * stride, columns, 0.0f);
+    }
 };
 
 struct RunSums {
@@ -133,28 +140,33 @@ inline void grad_score_tile(const LaneBlock& block, const KeyTile& tile, const B
     }
 }
 
-// sum[start + key][d] += sum over lanes of weights[key][lane] rows[lane][d], over the lanes that see the key;
-// both packed along the lanes.
+// sum[start + key][d] (+)= sum over lanes of weights[key][lane] rows[lane][d], over the lanes that see the
+// key; both packed along the lanes.
 template <class Arithmetic>
 inline void sum_tile(const LaneBlock& block, const KeyTile& tile, int64_t head_dim, const float* weights,
-                     int64_t step, const float* rows, Sum sum) {
+                     int64_t step, const float* rows, Sum& sum) {
     constexpr int64_t kElements = kGroup / Arithmetic::kPack;
     const int64_t stride = row_stride(head_dim), columns = round_up(head_dim, kGroup);
+    const auto product = [&](int g, int64_t first, int64_t last, auto write) {
+        product_lanes<Arithmetic>(last - first, columns, block.groups - g,
+                                  weights + g * step + first * kElements, step, rows + g * kElements * stride,
+                                  stride, sum.data + (tile.start + first) * sum.stride, sum.stride, write);
+    };
+    const bool first_visit = sum.written <= tile.start;
+    sum.clear_to(first_visit ? tile.start : tile.start + tile.count, columns);
     int64_t done = 0;
     for (int g = 0; g < block.groups; ++g) {  // needed never decreases with g
-        const int64_t count = tile.needed[g] - done;
-        if (count <= 0) continue;
-        product_lanes<Arithmetic>(count, columns, block.groups - g, weights + g * step + done * kElements,
-                                  step, rows + g * kElements * stride, stride,
-                                  sum.data + (tile.start + done) * sum.stride, sum.stride);
+        if (tile.needed[g] <= done) continue;
+        first_visit ? product(g, done, tile.needed[g], Assign{}) : product(g, done, tile.needed[g], Add{});
         done = tile.needed[g];
     }
+    if (first_visit) sum.written = tile.start + tile.count;
 }
 
 // Every wanted gradient of the block's queries against the run's keys.
 template <class Arithmetic>
 inline void differentiate(const Problem& p, const LaneBlock& block, const BlockState& state,
-                          const KeyRun& run, RunSums sums) {
+                          const KeyRun& run, RunSums& sums) {
     const Arithmetic arithmetic;
     const bool want_scores = state.query_grad != nullptr || sums.key.data != nullptr;
     if (!want_scores && sums.value.data == nullptr) return;

@@ -18,8 +18,8 @@ constexpr int kFewQueries = 4;
 constexpr int64_t kFewTile = 128;  // keys
 
 struct FewState {
-    float maximum[kFewQueries];
-    float sum[kFewQueries];
+    float maximum[kGroup];  // of whole vectors
+    float sum[kGroup];
     float* out = nullptr;  // [lane][D]
 };
 

@@ -167,24 +167,35 @@ void merge_state(float partial_maximum, float partial_sum, const float* partial_
     maximum = highest;
 }
 
-// Merge the row's partial states, divide by l, write. A query that saw nothing gets out 0 and lse -inf.
+// Merge the lane's partial states, in the order of the sets.
+void merge_parts(const Problem& p, const Plan& plan, const LaneBlock& block, int lane, float& maximum,
+                 float& sum, float* row) {
+    for (const FoldedSet& folded : plan.folded) {
+        const int64_t id = p.sets[folded.set].ids[block.row[lane]];
+        if (id < 0) continue;
+        for (int64_t c = 0; c * folded.chunk < p.sets[folded.set].length[id]; ++c) {
+            const int64_t at = slot(p, c, block.row[lane], block.head[lane], block.query[lane]);
+            merge_state(folded.state[2 * at], folded.state[2 * at + 1], folded.out + at * p.head_dim,
+                        p.head_dim, maximum, sum, row);
+        }
+    }
+}
+
+// Merge, divide by l, write. A query that saw nothing gets out 0 and lse -inf.
 void finish(const Problem& p, const Plan& plan, const LaneBlock& block, float* maximum, float* sum,
             float* rows, const TokenView& out, const TokenView& lse) {
+    alignas(64) float logs[kLanes];
+    const int64_t stride = row_stride(p.head_dim);
+    for (int lane = 0; lane < block.lanes; ++lane) {
+        merge_parts(p, plan, block, lane, maximum[lane], sum[lane], rows + lane * stride);
+    }
+    for (int lane = 0; lane < block.lanes; lane += kWidth) store(logs + lane, log2(load(sum + lane)));
     for (int lane = 0; lane < block.lanes; ++lane) {
         const int64_t b = block.row[lane], h = block.head[lane], i = block.query[lane];
-        float* row = rows + lane * row_stride(p.head_dim);
-        for (const FoldedSet& folded : plan.folded) {
-            const int64_t id = p.sets[folded.set].ids[b];
-            if (id < 0) continue;
-            for (int64_t c = 0; c * folded.chunk < p.sets[folded.set].length[id]; ++c) {
-                const int64_t at = slot(p, c, b, h, i);
-                merge_state(folded.state[2 * at], folded.state[2 * at + 1], folded.out + at * p.head_dim,
-                            p.head_dim, maximum[lane], sum[lane], row);
-            }
-        }
         const bool empty = maximum[lane] == -kInf && sum[lane] == 0.0f;
-        write_row(out.at(b, h, i), out.dtype, p.head_dim, empty ? 0.0f : 1.0f / sum[lane], row);
-        float natural = kLn2 * (maximum[lane] + std::log2(sum[lane]));
+        write_row(out.at(b, h, i), out.dtype, p.head_dim, empty ? 0.0f : 1.0f / sum[lane],
+                  rows + lane * stride);
+        float natural = kLn2 * (maximum[lane] + logs[lane]);
         if (maximum[lane] == kLowest) natural = kLowest;  // nothing but biases of finfo.min
         *reinterpret_cast<float*>(lse.at(b, h, i)) = empty ? -kInf : natural;
     }
@@ -216,8 +227,8 @@ void run_few(const Problem& p, const Plan& plan, const LaneBlock& block, int64_t
     read_lanes(p.query, block, p.head_dim, p.scale * kLog2E, queries);
     FewState state;
     state.out = scratch()[kOutRows].floats(kLanes * stride);
-    std::fill_n(state.maximum, kFewQueries, -kInf);
-    std::fill_n(state.sum, kFewQueries, 0.0f);
+    std::fill_n(state.maximum, kWidth, -kInf);
+    std::fill_n(state.sum, kWidth, 0.0f);
     std::fill_n(state.out, kFewQueries * stride, 0.0f);
     for (int s : plan.walked) {
         const int64_t id = p.sets[s].ids[b];

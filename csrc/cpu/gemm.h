@@ -3,7 +3,8 @@
 // Lane-major operands are groups of 16 lanes: X[g][r][16], `group stride` floats apart.
 //
 //   product_rows   C[g][r][lane] (+)= sum_k A(r, k) B[g][k][lane]       scores, dP (k = head dim); O, dQ (k =
-//   keys) product_lanes  C[r][d] += sum_{g, lane} A[g][r][lane] B[g * 16 + lane][d]                   dV, dK
+//   keys) product_lanes  C[r][d] (+)= sum_{g, lane} A[g][r][lane] B[g * 16 + lane][d]                   dV,
+//   dK
 //
 // Elements are float32, or pairs of bfloat16 that the arithmetic multiplies and adds in one step: then two
 // consecutive k (or lanes, in product_lanes) share an element, and all sums are float32 still.
@@ -98,9 +99,9 @@ PF_INLINE void rows_tile(int64_t inner, const float* a, int64_t a_stride, const 
     }
 }
 
-template <class Arithmetic, int R, int V>
+template <class Arithmetic, int R, int V, class Write>
 PF_INLINE void lanes_tile(int groups, const float* a, int64_t a_group, const float* b, int64_t b_stride,
-                          float* c, int64_t c_stride) {
+                          float* c, int64_t c_stride, Write write) {
     constexpr int kElements = kGroup / Arithmetic::kPack;
     Vec sum[R][V];
 #pragma GCC unroll 12
@@ -130,10 +131,7 @@ PF_INLINE void lanes_tile(int groups, const float* a, int64_t a_group, const flo
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            float* at = c + r * c_stride + v * kWidth;
-            store(at, load(at) + sum[r][v]);
-        }
+        for (int v = 0; v < V; ++v) write(c + r * c_stride + v * kWidth, sum[r][v]);
     }
 }
 
@@ -204,30 +202,34 @@ inline void product_rows(int64_t rows, int64_t inner, int groups, Matrix a, cons
     }
 }
 
-template <class Arithmetic, int V>
+template <class Arithmetic, int V, class Write>
 inline void lanes_strip(int64_t rows, int groups, const float* a, int64_t a_group, const float* b,
-                        int64_t b_stride, float* c, int64_t c_stride) {
+                        int64_t b_stride, float* c, int64_t c_stride, Write write) {
     for_row_tiles<max_rows(V)>(rows, [&](int64_t row, int height) {
         with_height<max_rows(V)>(height, [&](auto r) {
             lanes_tile<Arithmetic, decltype(r)::value, V>(groups, a + row * (kGroup / Arithmetic::kPack),
-                                                          a_group, b, b_stride, c + row * c_stride, c_stride);
+                                                          a_group, b, b_stride, c + row * c_stride, c_stride,
+                                                          write);
         });
     });
 }
 
 // `columns` is a multiple of 16.
-template <class Arithmetic>
+template <class Arithmetic, class Write>
 inline void product_lanes(int64_t rows, int64_t columns, int groups, const float* a, int64_t a_group,
-                          const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+                          const float* b, int64_t b_stride, float* c, int64_t c_stride, Write write) {
     int64_t d = 0;
     for (; d + kStrip * kWidth <= columns; d += kStrip * kWidth) {
-        lanes_strip<Arithmetic, kStrip>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
+        lanes_strip<Arithmetic, kStrip>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride, write);
     }
     if constexpr (kWidth == 16) {
         const int rest = static_cast<int>((columns - d) / kWidth);
-        if (rest == 1) lanes_strip<Arithmetic, 1>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
-        if (rest == 2) lanes_strip<Arithmetic, 2>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
-        if (rest == 3) lanes_strip<Arithmetic, 3>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride);
+        if (rest == 1)
+            lanes_strip<Arithmetic, 1>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride, write);
+        if (rest == 2)
+            lanes_strip<Arithmetic, 2>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride, write);
+        if (rest == 3)
+            lanes_strip<Arithmetic, 3>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride, write);
     }
 }
 
