@@ -30,7 +30,7 @@ PY_DIRS   := $(wildcard setup.py prefix_fast kernels tests benchmarks examples)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu bench bench-gpu bench-static lint format clean
+.PHONY: help install demo test test-all test-sanitize test-gpu bench bench-gpu bench-static lint format clean
 
 help:  ## show this list
 	@sed -n 's/^#   /  /p' Makefile
@@ -55,6 +55,18 @@ test-gpu: $(GPU_NEEDS)  ## on this machine's GPU: the self-check, then the tests
 
 bench-gpu: $(GPU_NEEDS)  ## on this machine's GPU: against flash SDPA, flex attention and FlashInfer
 	@$(GPU_PYTHON) tests/gpu/on_card.py run benchmarks/gpu $(ARGS)
+
+SANITIZE := -fsanitize=address,undefined
+SANITIZED := build/sanitized
+NATIVE_TESTS := tests/test_native_accuracy.py tests/test_native_bits.py tests/test_native_dropout.py tests/test_native_memory.py
+
+test-sanitize: $(STAMP)  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@echo "== kernels with sanitizers"
+	@CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -O1 -g1" LDFLAGS="$(SANITIZE)" \
+		$(PYTHON) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PREFIX_FAST_NATIVE_FOLDER=$(SANITIZED)/prefix_fast \
+		$(PYTHON) -m pytest -q -p no:benchmark -p no:faulthandler --timeout 1800 $(NATIVE_TESTS) $(ARGS)
 
 bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
 	@mkdir -p benchmarks/results

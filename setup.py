@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -75,9 +76,10 @@ class NinjaBuild(build_ext):
         compile_flags, link_flags = openmp_flags()
         shared = ("-bundle", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)
         includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        extra_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
         lines = [
             f"cxx = {escape(compiler())}",
-            f"cflags = {' '.join(escape(f) for f in (*COMMON_FLAGS, *compile_flags, *includes))}",
+            f"cflags = {' '.join(escape(f) for f in (*COMMON_FLAGS, *compile_flags, *includes, *extra_flags))}",
             f"ldflags = {' '.join((*shared, *link_flags))} {os.environ.get('LDFLAGS', '')}".rstrip(),
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $cflags $isa -c $in -o $out",

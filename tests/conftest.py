@@ -23,6 +23,11 @@ import numpy  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if "PREFIX_FAST_NATIVE_FOLDER" in os.environ:  # C++ kernels of another build, as `make test-sanitize` makes them
+    import prefix_fast
+
+    prefix_fast.__path__.insert(0, str(Path(os.environ["PREFIX_FAST_NATIVE_FOLDER"]).resolve()))
+
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
