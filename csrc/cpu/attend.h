@@ -80,8 +80,9 @@ PF_INLINE Vec column_maximum(const float* scores, int64_t keys) {
     return max(max(m[0], m[1]), max(m[2], m[3]));
 }
 
-// Scores become weights, in place; the state moves to the new maximum. `keep`: dropout factors of the weights
-// that meet the values; the sum is that of the undropped softmax.
+// Scores become weights, in place; the state moves to the new maximum. `keep`: 1 or 0 for the weights that
+// meet the values; the sum is that of the undropped softmax. 1 / (1 - p), which bfloat16 would round, comes
+// with the division by l.
 inline void online_softmax_update(const LaneBlock& block, const KeyTile& tile, int64_t head_dim,
                                   float* scores, int64_t step, const float* keep, SoftmaxState& state) {
     const int64_t out_step = group_stride(head_dim);
@@ -128,7 +129,7 @@ inline void attend(const Problem& p, const LaneBlock& block, const float* querie
         score_tile<Arithmetic>(block, tile, tile.key, p.head_dim, queries, scores, step,
                                write_scores(arithmetic, p));
         mask_scores(p, block, run, tile, scores, step);
-        if (keep != nullptr) dropout_tile(p, block, run, tile, keep, step);
+        if (keep != nullptr) dropout_tile(p, block, run, tile, 1.0f, keep, step);
         online_softmax_update(block, tile, p.head_dim, scores, step, keep, state);
         const float* weights = pack_keys(arithmetic, block, tile, scores, step, scratch()[kPacked]);
         weigh_tile<Arithmetic>(block, tile, tile.value, p.head_dim, weights, step, state.out);

@@ -185,7 +185,7 @@ inline void differentiate(const Problem& p, const LaneBlock& block, const BlockS
         score_tile<Arithmetic>(block, tile, tile.key, p.head_dim, state.query_lanes, scores, step,
                                write_scores(arithmetic, p));
         mask_scores(p, block, run, tile, scores, step);
-        if (keep != nullptr) dropout_tile(p, block, run, tile, keep, step);
+        if (keep != nullptr) dropout_tile(p, block, run, tile, p.keep_scale, keep, step);
         probability_tile(block, tile, state, step, keep, scores, kept);
         if (sums.value.data != nullptr) {
             const float* weights = pack_lanes(arithmetic, block, tile, kept, step, pairs);

@@ -69,7 +69,7 @@ inline void drop_few(const Problem& p, const LaneBlock& block, int lane, const K
         for (int i = 0; i < kWidth; ++i) words[1][i] = static_cast<uint32_t>(first + i);
         philox(p.seed, words);
         for (; j < end; ++j) {
-            weights[j - start] *= words[j & 3][j / 4 - first] >= p.dropout_threshold ? p.keep_scale : 0.0f;
+            if (words[j & 3][j / 4 - first] < p.dropout_threshold) weights[j - start] = 0.0f;
         }
     }
 }

@@ -181,7 +181,7 @@ void merge_parts(const Problem& p, const Plan& plan, const LaneBlock& block, int
     }
 }
 
-// Merge, divide by l, write. A query that saw nothing gets out 0 and lse -inf.
+// Merge, divide by l (and by 1 - p), write. A query that saw nothing gets out 0 and lse -inf.
 void finish(const Problem& p, const Plan& plan, const LaneBlock& block, float* maximum, float* sum,
             float* rows, const TokenView& out, const TokenView& lse) {
     alignas(64) float logs[kLanes];
@@ -193,7 +193,7 @@ void finish(const Problem& p, const Plan& plan, const LaneBlock& block, float* m
     for (int lane = 0; lane < block.lanes; ++lane) {
         const int64_t b = block.row[lane], h = block.head[lane], i = block.query[lane];
         const bool empty = maximum[lane] == -kInf && sum[lane] == 0.0f;
-        write_row(out.at(b, h, i), out.dtype, p.head_dim, empty ? 0.0f : 1.0f / sum[lane],
+        write_row(out.at(b, h, i), out.dtype, p.head_dim, empty ? 0.0f : p.keep_scale / sum[lane],
                   rows + lane * stride);
         float natural = kLn2 * (maximum[lane] + logs[lane]);
         if (maximum[lane] == kLowest) natural = kLowest;  // nothing but biases of finfo.min

@@ -162,10 +162,9 @@ inline void mask_scores(const Problem& p, const LaneBlock& block, const KeyRun& 
     }
 }
 
-// keep[g][key][16] = 1 / (1 - p) where the weight is kept, else 0
+// keep[g][key][16] = `kept` where the weight is kept, else 0
 inline void dropout_tile(const Problem& p, const LaneBlock& block, const KeyRun& run, const KeyTile& tile,
-                         float* keep, int64_t step) {
-    const Vec scale = broadcast(p.keep_scale);
+                         float kept, float* keep, int64_t step) {
     for (int lane = 0; lane < block.groups * kGroup; lane += kWidth) {
         VecU query, stream;
         for (int i = 0; i < kWidth; ++i) {
@@ -180,8 +179,8 @@ inline void dropout_tile(const Problem& p, const LaneBlock& block, const KeyRun&
                              static_cast<uint32_t>(run.set) - VecU{}};
             philox(p.seed, words);
             for (int64_t j = std::max(quad * 4, tile.start); j < std::min(quad * 4 + 4, end); ++j) {
-                const VecI kept = (VecI)(words[j & 3] >= p.dropout_threshold);
-                store(column + (j - tile.start) * kGroup, select(kept, scale, Vec{}));
+                const VecI stays = (VecI)(words[j & 3] >= p.dropout_threshold);
+                store(column + (j - tile.start) * kGroup, select(stays, broadcast(kept), Vec{}));
             }
         }
     }
