@@ -30,7 +30,7 @@ constexpr int kVectorsPerGroup = kGroup / kWidth;
 
 constexpr int max_rows(int vectors) {
     if (kWidth == 16) return vectors == 1 ? 12 : vectors == 4 ? 6 : 8;
-    return kWidth == 8 ? 6 : 4;
+    return 6;
 }
 
 // How elements are multiplied; kPack values share an element.
