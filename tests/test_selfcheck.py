@@ -59,10 +59,10 @@ def test_the_safe_tile_is_checked_where_the_table_fails(monkeypatch):
     verdict = selfcheck.run("cuda:0", [DKV])[DKV]
     assert tried == [table_tile(), safe_tiles(64).dkv]
     assert verdict.refused and verdict.safe_failure == "32 is wrong"
-    single = Configuration("dkv", Kind(256, torch.float32, "ieee", False))
+    single = Configuration("split", Kind(256, torch.float32, "ieee", False))
     tried.clear()
     assert selfcheck.run("cuda:0", [single])[single].refused  # its tile of the table is the safe one
-    assert tried == [safe_tiles(256).dkv]
+    assert tried == [safe_tiles(256).split]
 
 
 def test_a_kernel_that_breaks_the_device_is_recorded_before_the_error(monkeypatch):

@@ -15,7 +15,7 @@ GPT2 = Shape(rows=32, heads=12, kv_heads=12, queries=512, keys=512, head_dim=64,
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["fp32", *(pytest.param(half, marks=pytest.mark.slow) for half in ("fp16", "bf16"))])
 def test_gradients_agree_with_the_oracle(dtype: str, root: Path) -> None:
     assert "0 failures" in run_module(root, "triton_short", "oracle", dtype)
 
