@@ -82,7 +82,7 @@ def open_set(
 
 @triton.jit
 def part_of(low, full_low, full_high, high, PART: tl.constexpr):
-    """The keys, or queries, of one of the three loops: before the unmasked middle, the middle, after it."""
+    """The keys of one of the three loops: before the unmasked middle, the middle, after it."""
     if PART == 0:
         return low, tl.minimum(full_low, high)
     if PART == 1:

@@ -6,11 +6,12 @@ Run as a program, with TRITON_INTERPRET=1 in the environment before it starts, i
 import random
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton_harness import Machine, words
+from triton_harness import Machine, failures_of, words
 
 from prefix_fast import testing
 from prefix_fast.backends import triton
@@ -360,17 +361,14 @@ def main(arguments: list[str]) -> int:
         calls = [replace(call, case=replace(call.case, dtype=dtype)) for call in CORNERS]
     else:
         calls = [random_call(seed, dtype) for seed in range(int(arguments[1]), int(arguments[2]))]
-    failures = 0
-    for call in calls:
-        try:
-            check(call, Machine(call.case.seed))
-            if call.case.seed % 8 == 0:
-                check_order(call)
-        except Exception as error:
-            failures += 1
-            print(f"seed {call.case.seed}: {call}: {type(error).__name__}: {error}")
-    print(f"{failures} failures")
-    return failures
+    return failures_of((f"seed {call.case.seed}: {call}", partial(_check_of_seed, call)) for call in calls)
+
+
+def _check_of_seed(call: Call) -> None:
+    """The call; for some seeds the order of the programs too."""
+    check(call, Machine(call.case.seed))
+    if call.case.seed % 8 == 0:
+        check_order(call)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ the same call in dense memory.
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from triton_harness import Machine, words
+from triton_harness import Machine, failures_of, words
 
 from prefix_fast.backends import triton
 from prefix_fast.backends.problem import Grads, Problem
@@ -146,12 +147,4 @@ def check(far: Far) -> None:
 def main(arguments: list[str]) -> int:
     """Check the named far calls; print the failures. Returns their number."""
     torch.set_num_threads(1)
-    failures = 0
-    for name in arguments or CALLS:
-        try:
-            check(CALLS[name])
-        except Exception as error:
-            failures += 1
-            print(f"{name}: {type(error).__name__}: {error}")
-    print(f"{failures} failures")
-    return failures
+    return failures_of((name, partial(check, CALLS[name])) for name in arguments or CALLS)

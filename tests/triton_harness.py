@@ -12,7 +12,7 @@ shows them:
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -268,3 +268,16 @@ def _patch_once() -> None:
 
 
 _patch_once()
+
+
+def failures_of(checks: Iterable[tuple[str, Callable[[], None]]]) -> int:
+    """Run named checks; print those that fail, with why, and their number, which is returned."""
+    failures = 0
+    for name, check in checks:
+        try:
+            check()
+        except Exception as error:
+            failures += 1
+            print(f"{name}: {type(error).__name__}: {error}")
+    print(f"{failures} failures")
+    return failures

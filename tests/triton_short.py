@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
 from triton_cases import DTYPES, Call, check, check_order, run
-from triton_harness import Machine, words
+from triton_harness import Machine, failures_of, words
 
 from prefix_fast.backends import triton, triton_short
 from prefix_fast.backends.problem import Grads
@@ -106,12 +107,6 @@ def main(arguments: list[str]) -> int:
         "bits": [(has_the_same_bits_in_every_run, (Call(BANK),)), (gives_rows_the_same_bits_in_any_order, (BANK,))],
         "others": [(other_calls_are_not_fused, ())],
     }
-    failures = 0
-    for function, given in checks[arguments[0]]:
-        try:
-            function(*given)
-        except Exception as error:
-            failures += 1
-            print(f"{function.__name__}: {given}: {type(error).__name__}: {error}")
-    print(f"{failures} failures")
-    return failures
+    return failures_of(
+        (f"{function.__name__}: {given}", partial(function, *given)) for function, given in checks[arguments[0]]
+    )

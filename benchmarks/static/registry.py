@@ -44,10 +44,6 @@ def _row_major(launch: Launch) -> tuple[str, ...]:
     return ("prefix", "prefix tail", *window, middle, "own diagonal")
 
 
-def _dkv_own(launch: Launch) -> tuple[str, ...]:
-    return ("own diagonal", "own")
-
-
 def _short(launch: Launch) -> tuple[str, ...]:
     return _row_major(launch)[2:]  # the segment is one block, in no loop of its own
 
@@ -62,7 +58,13 @@ ENTRIES = (
     Entry("merge", "merge_kernel"),
     Entry("dq", "dq_kernel", _row_major, "dq_kernel"),
     Entry("dkv prefix", "dkv_kernel", lambda launch: ("prefix tail", "prefix"), "dkv_kernel", _of_prefix),
-    Entry("dkv own", "dkv_kernel", _dkv_own, "dkv_kernel", lambda launch: not _of_prefix(launch)),
+    Entry(
+        "dkv own",
+        "dkv_kernel",
+        lambda launch: ("own diagonal", "own"),
+        "dkv_kernel",
+        lambda launch: not _of_prefix(launch),
+    ),
     Entry("short", "short_kernel", _short, "dq_kernel"),
     Entry("prepare", "prepare_kernel"),
     Entry("reduce", "reduce_kernel"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.backends.problem import Problem, SegmentSet, make_plan
-from prefix_fast.backends.triton_config import Device, Tile, precision_of
+from prefix_fast.backends.triton_config import Device, Tile, padded, precision_of
 from prefix_fast.backends.triton_vetting import Kind
 
 SCRATCH_TILE = 128  # the kernels' PADDING
@@ -95,7 +95,7 @@ def make_call(problem: Problem, device: Device, interpreting: bool) -> Call:
     max_queries = problem.query.shape[0] if packed else problem.query.shape[2]
     max_keys = problem.key.shape[0] if packed else problem.key.shape[2]
     kv_heads = problem.key.shape[1]
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_d = padded(head_dim)
     upcast = interpreting and problem.query.dtype == torch.bfloat16
     flags = {
         "SETS": len(problem.sets), "IN_WINDOW": tuple(s.in_window for s in problem.sets), "GROUP": heads // kv_heads,

@@ -30,6 +30,11 @@ class Tiles(NamedTuple):
     few: Tile = Tile(16, 64, 4, 2)  # of the one-pass forward where rows have few queries
 
 
+def padded(size: int) -> int:
+    """The least block that holds `size`: a power of two, as products take them from 16 on."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def every_kernel(tile: Tile) -> Tiles:
     """The same configuration for all kernels."""
     return Tiles(*(tile for _ in Tiles._fields))

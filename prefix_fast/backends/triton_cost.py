@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from prefix_fast.backends.triton_config import Device, Tile
+from prefix_fast.backends.triton_config import Device, Tile, padded
 
 
 class Card(NamedTuple):
@@ -166,7 +166,7 @@ def blocks(shape: Shape, tile: Tile) -> tuple[int, int]:
     """(queries, own queries) of the split forward's tiles: the smallest that hold all there are, up to the largest."""
     folded = shape.queries * shape.heads // shape.kv_heads
     readers = math.ceil(shape.rows / max(1, max((count for count, _ in shape.sets), default=1)))
-    queries, own = (min(max(16, 1 << (n - 1).bit_length()), tile.queries) for n in (readers * folded, folded))
+    queries, own = (min(padded(n), tile.queries) for n in (readers * folded, folded))
     return queries, own
 
 
@@ -232,11 +232,6 @@ def _walk_seconds(card: Card, shape: Shape, items: list[tuple[int, int, int]], m
     return max(max(flops, scores / card.exponentials, l2) * rounds, memory / card.memory_bytes)
 
 
-def short_block(size: int) -> int:
-    """Keys of the one block that holds a short segment."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def short_splits(device: Device, shape: Shape, tile: Tile) -> int:
     """Splits of the readers of a short segment: of those with the fewest tiles one after another, the least.
 
@@ -253,7 +248,7 @@ def fuses_short_prefix(device: Device, shape: Shape, tile: Tile) -> bool:
     real, one reading of queries and output gradients, and a launch. It costs what its programs, of at least
     LEAST_TILES query tiles each so that the partial sums stay few, leave empty of the device.
     """
-    keys = SHORT.get(device.architecture, {}).get(max(64, 1 << (shape.head_dim - 1).bit_length()), 0)
+    keys = SHORT.get(device.architecture, {}).get(max(64, padded(shape.head_dim)), 0)
     if len(shape.sets) != 1 or not 0 < shape.sets[0][1] <= keys:
         return False
     tiles = _tiles_of_readers(shape, tile)
@@ -269,7 +264,7 @@ def _kernels_of_short(card: Card, shape: Shape, tile: Tile) -> tuple[float, floa
     """Seconds of dq, of dkv over the short set, and of the kernel that does the work of both, on a full device."""
     size = shape.sets[0][1]
     own = shape.pairs - shape.shared_pairs
-    block = shape.shared_pairs / size * short_block(size)
+    block = shape.shared_pairs / size * padded(size)
     blocks = shape.shared_pairs / size * math.ceil(size / tile.keys) * tile.keys
     l2 = _key_bytes_of_tiles(shape, tile.queries)
     moved = shape.own_bytes + shape.shared_bytes + 3 * shape.query_bytes

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from prefix_fast.backends.problem import Grads
 from prefix_fast.backends.triton_call import Call, strides_of
-from prefix_fast.backends.triton_config import Tile, safe_tiles
-from prefix_fast.backends.triton_cost import fuses_short_prefix, short_block, short_splits
+from prefix_fast.backends.triton_config import Tile, padded, safe_tiles
+from prefix_fast.backends.triton_cost import fuses_short_prefix, short_splits
 from prefix_fast.backends.triton_forward import shape_of
 from prefix_fast.backends.triton_partials import add_partials, partials_of
 
@@ -48,7 +48,7 @@ def queries_and_segments(
         grad_strides=strides_of(grad_out, False), target_strides=strides_of(grad_query, False),
         key_strides=strides[0], value_strides=strides[1],
         split_strides=tuple(0 if t is None or splits == 1 else t.shape[1] for t in targets), splits=splits,
-        BLOCK_P=short_block(size), WANT_K=grad_key is not None, WANT_V=grad_value is not None, **scratch,
+        BLOCK_P=padded(size), WANT_K=grad_key is not None, WANT_V=grad_value is not None, **scratch,
         **call.chain, **call.positions, **call.numbers, **call.flags, **call.launch(tile),
     )  # fmt: skip
     for grad, partials in zip((grad_key, grad_value), targets, strict=True):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prefix_fast.backends.triton_config import Tile, Tiles, device_of, precision_of, safe_tiles, tiles_for
+from prefix_fast.backends.triton_config import Tile, Tiles, device_of, padded, precision_of, safe_tiles, tiles_for
 from prefix_fast.files import replace_files
 
 KERNELS = Tiles._fields
@@ -92,7 +92,7 @@ _warned: set[tuple[Environment, Configuration] | str] = set()
 
 def kind_of(head_dim: int, dtype: torch.dtype, mixed: bool) -> Kind:
     """The kind of a call, under the present `torch.get_float32_matmul_precision`."""
-    return Kind(max(16, 1 << (head_dim - 1).bit_length()), dtype, precision_of(dtype, head_dim), mixed)
+    return Kind(padded(head_dim), dtype, precision_of(dtype, head_dim), mixed)
 
 
 def tiles_of_call(index: int | None, kind: Kind) -> Tiles:

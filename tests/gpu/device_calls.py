@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton_cases
 from torch import Tensor
 from triton_cases import Call, random_call
-from triton_harness import _CANARIES, MARGIN, Machine, _PoisonedAllocations, words
+from triton_harness import _CANARIES, MARGIN, Machine, _PoisonedAllocations, failures_of, words
 
 from prefix_fast.backends.triton_config import device_of, tiles_for
 from prefix_fast.backends.triton_vetting import Trial, kind_of
@@ -64,15 +65,8 @@ def check(seed: int, device: str, factor: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Check the calls of the seeds [first, last) as they are. Returns the number of failures."""
-    failures = 0
-    for seed in range(int(arguments[0]), int(arguments[1])):
-        try:
-            check(seed, "cuda", 1)
-        except Exception as error:
-            failures += 1
-            print(f"seed {seed}: {type(error).__name__}: {error}")
-    print(f"{failures} failures")
-    return failures
+    seeds = range(int(arguments[0]), int(arguments[1]))
+    return failures_of((f"seed {seed}", partial(check, seed, "cuda", 1)) for seed in seeds)
 
 
 if __name__ == "__main__":
