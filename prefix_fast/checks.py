@@ -43,7 +43,7 @@ def checked_problem(
         floats |= {key_name: s.key, value_name: s.value}
     for name, tensor in floats.items():
         _check_float_tensor(caller, name, tensor, query)
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):  # meta tensors know no autocast
         query, key, value, sets = _autocast(query, key, value, sets)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
@@ -74,8 +74,8 @@ def _set_names(caller: str, count: int) -> list[tuple[str, str]]:
 def _check_float_tensor(caller: str, name: str, tensor: Tensor, query: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{caller}: expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         raise TypeError(f"{caller}: expected {name} to be a dense strided tensor, got {kind}; convert it first")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{caller}: expected {name} in float32, bfloat16, float16 or float64, got {tensor.dtype}")

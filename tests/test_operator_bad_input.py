@@ -133,6 +133,13 @@ BAD_CALLS = {
         "expected backend to be one of auto, triton, cpu, reference, cuda.*got 'flash'",
     ),
     "backend-later": ({"backend": "cuda"}, NotImplementedError, "this release has no cuda backend"),
+    "meta-cpu": (
+        {name: torch.empty(B, HKV, T, D, device="meta") for name in ("query", "key", "value")}
+        | {name: torch.empty(N, HKV, P, D, device="meta") for name in ("prefix_key", "prefix_value")}
+        | {"backend": "cpu"},
+        NotImplementedError,
+        "cpu: the cpu backend takes cpu tensors, not meta",
+    ),
     "cpu-softcap": ({"backend": "cpu", "softcap": 2.0}, NotImplementedError, "cpu: .*softcap"),
     "cpu-float64": (
         {
@@ -157,6 +164,12 @@ def test_a_bad_call_raises_and_says_what_was_expected(changes, error, message):
     with pytest.raises(error, match=message) as info:
         call(**changes)
     assert type(info.value) is error
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_a_nested_tensor_is_a_type_error():
+    with pytest.raises(TypeError, match="expected query to be a dense strided tensor, got nested"):
+        call(query=torch.nested.nested_tensor([torch.randn(H, T, D)] * B))
 
 
 def packed(**changes):

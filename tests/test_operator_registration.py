@@ -116,6 +116,26 @@ def test_activation_checkpointing_repeats_the_same_dropout(backend, use_reentran
         torch.testing.assert_close(t.grad, grad)
 
 
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.1}, {"prefix_ids": torch.tensor([0, -1])}], ids=str)
+def test_meta_tensors_give_the_shapes_and_layouts_of_a_real_call(options):
+    def facts(device):
+        inputs = [t.detach().to(device).requires_grad_() for t in leaves()]
+        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        outputs = prefix_fast.prefix_attention(*inputs, **moved, return_lse=True)
+        grads = torch.autograd.grad(sum(t.sum() for t in outputs), inputs)
+        assert {t.device.type for t in (*outputs, *grads)} == {device}
+        return [(t.shape, t.stride(), t.dtype) for t in (*outputs, *grads)]
+
+    assert facts("meta") == facts("cpu")
+
+
+def test_meta_tensors_of_packed_rows_give_the_shape_of_a_real_call():
+    query, key, offsets = (torch.empty(*sizes, device="meta") for sizes in ((5, 4, 16), (7, 2, 16), (3,)))
+    offsets = offsets.to(torch.int32)
+    out = prefix_fast.segment_attention(query, key, key, [], cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    assert out.device.type == "meta" and out.shape == (5, 4, 16)
+
+
 def test_without_grad_nothing_is_recorded():
     with torch.no_grad():
         assert prefix_fast.prefix_attention(*leaves()).grad_fn is None
