@@ -169,8 +169,8 @@ PF_INLINE void with_height(int height, F&& f) {
 
 // Columns [0, V * kWidth) of B; `first`: nobody has read these rows of A for this product yet.
 template <class Arithmetic, int V, Contiguous Layout, class Write>
-inline void rows_strip(int64_t rows, int64_t inner, Matrix a, const float* b, float* c, int64_t b_step,
-                       int64_t c_step, bool first, Write write) {
+PF_OWN_REGISTERS void rows_strip(int64_t rows, int64_t inner, Matrix a, const float* b, float* c,
+                                 int64_t b_step, int64_t c_step, bool first, Write write) {
     for_row_tiles<max_rows(V)>(rows, [&](int64_t row, int height) {
         const float* from = a.data + (Layout == Contiguous::kInner ? row * a.stride : row);
         if (Layout == Contiguous::kInner && first) prefetch_next_rows(from, a.stride, height, inner);
@@ -203,8 +203,8 @@ inline void product_rows(int64_t rows, int64_t inner, int groups, Matrix a, cons
 }
 
 template <class Arithmetic, int V, class Write>
-inline void lanes_strip(int64_t rows, int groups, const float* a, int64_t a_group, const float* b,
-                        int64_t b_stride, float* c, int64_t c_stride, Write write) {
+PF_OWN_REGISTERS void lanes_strip(int64_t rows, int groups, const float* a, int64_t a_group, const float* b,
+                                  int64_t b_stride, float* c, int64_t c_stride, Write write) {
     for_row_tiles<max_rows(V)>(rows, [&](int64_t row, int height) {
         with_height<max_rows(V)>(height, [&](auto r) {
             lanes_tile<Arithmetic, decltype(r)::value, V>(groups, a + row * (kGroup / Arithmetic::kPack),

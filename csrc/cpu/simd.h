@@ -16,6 +16,8 @@
 #endif
 
 #define PF_INLINE inline __attribute__((always_inline))
+// Of loops whose registers must not be shared with a caller's variables.
+#define PF_OWN_REGISTERS __attribute__((noinline))
 
 namespace prefix_fast {
 
