@@ -1,28 +1,38 @@
 """A folded prefix as files: PEFT's adapter format where it can express the prefix, otherwise our own.
 
 PEFT: `adapter_config.json` and `adapter_model.safetensors` with one tensor `prompt_embeddings` [P, L · 2 · Hkv · D].
+Of an encoder-decoder it has the decoder's self-attention alone, whose layer l reads the file's layer 2l mod L.
 Native: `prefix_config.json` and `prefix.safetensors` with `<site>.keys`, `<site>.values` [L, Hkv, P, D].
 Only safetensors are read and written; shapes and dtypes are checked in the header before any number is loaded.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, equal
 
 from prefix_fast.files import read_json, read_tensors, replace_files
-from prefix_fast.geometry import Geometry, check_same_geometry, checked_integer, join_flat, split_flat
+from prefix_fast.geometry import (
+    SITES,
+    Geometry,
+    ModelSites,
+    check_same_sites,
+    checked_integer,
+    join_flat,
+    peft_layers,
+    split_flat,
+)
 
 FORMATS = {
     "peft": ("adapter_config.json", "adapter_model.safetensors"),
     "native": ("prefix_config.json", "prefix.safetensors"),
 }
 FILES = [name for names in FORMATS.values() for name in names]
-NATIVE_VERSION = 1
+NATIVE_VERSION = 2  # 1: a decoder-only model, its geometry beside the other fields; 2: a geometry for each site
 PEFT_TENSOR = "prompt_embeddings"
 # Both hold the keys and values in one layout; CARTRIDGE's frozen tokens are not marked in its weights.
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -33,7 +43,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 class StoredPrefix:
     """What the files hold: per site the folded keys and values [L, Hkv, P, D], and what describes them."""
 
-    geometry: Geometry
+    model_sites: ModelSites
     sites: Mapping[str, tuple[Tensor, Tensor]]
     encoder_hidden_size: int = 512
     prefix_dropout: float = 0.0
@@ -93,12 +103,31 @@ def _peft_cannot(stored: StoredPrefix) -> str | None:
     """Why PEFT's format cannot express the prefix; None: it can. An empty one it can: PEFT reads it as no prefix."""
     if set(stored.sites) != {"decoder"}:
         return f"it has prefixes at {sorted(stored.sites)}, PEFT has them at the decoder's self-attention alone"
+    if stored.model_sites.is_encoder_decoder:
+        flat = _peft_flat(stored)
+        layers = peft_layers(stored.model_sites.geometries["decoder"].num_layers)
+        again = split_flat(flat, stored.model_sites.geometries["decoder"])
+        if not all(equal(part[layers], given) for part, given in zip(again, stored.sites["decoder"], strict=True)):
+            return (
+                "its decoder layers l and l + L/2 differ, where PEFT's decoder layer l reads its layer 2l mod L, so"
+                " that with an even number of layers both read the same"
+            )
     return None
 
 
-def _peft_content(stored: StoredPrefix) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _peft_flat(stored: StoredPrefix) -> Tensor:
+    """PEFT's tensor [P, L · 2 · Hkv · D]. Of an encoder-decoder, the layers that PEFT's map never reads are zero."""
     keys, values = stored.sites["decoder"]
-    geometry = stored.geometry
+    if not stored.model_sites.is_encoder_decoder:
+        return join_flat(keys, values)
+    layers = peft_layers(keys.shape[0])
+    placed = keys.new_zeros(2, *keys.shape)
+    placed[0, layers], placed[1, layers] = keys, values
+    return join_flat(placed[0], placed[1])
+
+
+def _peft_content(stored: StoredPrefix) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    geometry, seq2seq = stored.model_sites.geometries["decoder"], stored.model_sites.is_encoder_decoder
     config = {
         "auto_mapping": None,
         "base_model_name_or_path": stored.base_model_name,
@@ -108,31 +137,30 @@ def _peft_content(stored: StoredPrefix) -> tuple[dict[str, Any], dict[str, Tenso
         "modules_to_save": None,
         "num_attention_heads": geometry.num_kv_heads,
         "num_layers": geometry.num_layers,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 2 if seq2seq else 1,
         "num_virtual_tokens": stored.num_virtual_tokens,
         "peft_type": "PREFIX_TUNING",
         "peft_version": None,
         "prefix_projection": False,
         "revision": None,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         "token_dim": geometry.token_dim,
     }
-    return config, {PEFT_TENSOR: join_flat(keys, values).cpu()}
+    return config, {PEFT_TENSOR: _peft_flat(stored).cpu()}
 
 
 def _native_content(stored: StoredPrefix) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    geometry = stored.geometry
-    config = {
-        "format_version": NATIVE_VERSION,
-        "num_layers": geometry.num_layers,
-        "num_kv_heads": geometry.num_kv_heads,
-        "head_dim": geometry.head_dim,
+    config: dict[str, Any] = {
         "num_virtual_tokens": stored.num_virtual_tokens,
         "encoder_hidden_size": stored.encoder_hidden_size,
         "prefix_dropout": stored.prefix_dropout,
-        "sites": sorted(stored.sites),
         "base_model_name_or_path": stored.base_model_name,
     }
+    geometries = {site: asdict(geometry) for site, geometry in stored.model_sites.geometries.items()}
+    if stored.model_sites.is_encoder_decoder:
+        config |= {"format_version": NATIVE_VERSION, "is_encoder_decoder": True, "sites": geometries}
+    else:
+        config |= {"format_version": 1, "sites": sorted(geometries), **geometries["decoder"]}
     tensors = {}
     for site, (keys, values) in stored.sites.items():
         tensors[f"{site}.keys"], tensors[f"{site}.values"] = keys.cpu(), values.cpu()
@@ -166,49 +194,74 @@ def _check_free_for(folder: Path, format: str) -> None:
             )
 
 
-def load(folder: Path, format: str = "auto", expected: Geometry | None = None) -> StoredPrefix:
+def load(folder: Path, format: str = "auto", expected: ModelSites | None = None) -> StoredPrefix:
     """Read a prefix as float32. PEFT's folded prefixes and CARTRIDGE's come as they are, frozen tokens included.
 
     Args:
         folder: what `save` or PEFT's save_pretrained wrote.
         format: "peft", "native", or "auto": whichever is there.
-        expected: the geometry of the model it is for, checked before any number is read.
+        expected: the sites of the model it is for, checked before any number is read. An encoder-decoder may have fewer
+            decoder layers than PEFT's file, which counts the encoder's; without it, they are taken to be as many.
 
     Raises:
         FileNotFoundError: files are missing (the message lists those found).
         ValueError: pickled, truncated or garbled files, wrong fields, names or shapes, NaN or infinity, another
             kind of adapter, a prefix for another model. TypeError: fields or tensors of another type.
-        NotImplementedError: a prefix for an encoder-decoder.
     """
     _check_format("Prefix.from_pretrained", format)
     format = _found_format(folder, format)
     config_name, weights_name = FORMATS[format]
     config = read_json(folder / config_name)
-    stored_geometry = _peft_geometry(config) if format == "peft" else _native_geometry(config)
-    if expected is not None:
-        check_same_geometry(stored_geometry, expected, "Prefix.from_pretrained")
-    tokens = checked_integer(config.get("num_virtual_tokens"), "num_virtual_tokens", 0, config_name)
-    shapes: dict[str, tuple[int, ...]]
-    if format == "peft":
-        shapes = {PEFT_TENSOR: (tokens, stored_geometry.flat_dim)}
-    else:
-        names = _native_sites(config)
-        shape = (stored_geometry.num_layers, stored_geometry.num_kv_heads, tokens, stored_geometry.head_dim)
-        shapes = {f"{site}.{part}": shape for site in names for part in ("keys", "values")}
-    tensors = read_tensors(folder / weights_name, shapes)
-    if format == "peft":
-        sites = {"decoder": split_flat(tensors[PEFT_TENSOR], stored_geometry)}
-    else:
-        sites = {site: (tensors[f"{site}.keys"], tensors[f"{site}.values"]) for site in names}
+    reader = _read_peft if format == "peft" else _read_native
+    stored_sites, sites = reader(folder / weights_name, config, expected)
     hidden = config.get("encoder_hidden_size")
     name = config.get("base_model_name_or_path")
     return StoredPrefix(
-        geometry=stored_geometry,
+        model_sites=stored_sites,
         sites=sites,
         encoder_hidden_size=512 if hidden is None else checked_integer(hidden, "encoder_hidden_size", 1, config_name),
         prefix_dropout=config.get("prefix_dropout", 0.0),
         base_model_name=name if isinstance(name, str) else None,
     )
+
+
+SiteTensors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def _read_peft(file: Path, config: dict[str, Any], expected: ModelSites | None) -> tuple[ModelSites, SiteTensors]:
+    written = _peft_geometry(config)
+    seq2seq = config.get("num_transformer_submodules") == 2 or config.get("task_type") == "SEQ_2_SEQ_LM"
+    layers = written.num_layers
+    if seq2seq and expected is not None:
+        layers = min(layers, expected.geometries["decoder"].num_layers)
+    found = ModelSites({"decoder": replace(written, num_layers=layers)}, seq2seq)
+    if expected is not None:
+        check_same_sites(found, expected, "Prefix.from_pretrained")
+    tokens = _tokens(config, "peft")
+    flat = read_tensors(file, {PEFT_TENSOR: (tokens, written.flat_dim)})[PEFT_TENSOR]
+    keys, values = split_flat(flat, written)
+    if seq2seq:
+        chosen = peft_layers(written.num_layers)[:layers]
+        keys, values = keys[chosen], values[chosen]
+    return found, {"decoder": (keys, values)}
+
+
+def _read_native(file: Path, config: dict[str, Any], expected: ModelSites | None) -> tuple[ModelSites, SiteTensors]:
+    found = _native_model_sites(config)
+    if expected is not None:
+        check_same_sites(found, expected, "Prefix.from_pretrained")
+    tokens = _tokens(config, "native")
+    shapes = {
+        f"{site}.{part}": (shape.num_layers, shape.num_kv_heads, tokens, shape.head_dim)
+        for site, shape in found.geometries.items()
+        for part in ("keys", "values")
+    }
+    tensors = read_tensors(file, shapes)
+    return found, {site: (tensors[f"{site}.keys"], tensors[f"{site}.values"]) for site in found.geometries}
+
+
+def _tokens(config: dict[str, Any], format: str) -> int:
+    return checked_integer(config.get("num_virtual_tokens"), "num_virtual_tokens", 0, FORMATS[format][0])
 
 
 def _found_format(folder: Path, format: str) -> str:
@@ -245,11 +298,6 @@ def _peft_geometry(config: dict[str, Any]) -> Geometry:
             f"{where}: expected peft_type to be one of {', '.join(PEFT_TYPES)}, got {kind!r}; load that adapter with "
             "peft"
         )
-    if config.get("num_transformer_submodules") == 2 or config.get("task_type") == "SEQ_2_SEQ_LM":
-        raise NotImplementedError(
-            f"{where}: expected a decoder-only model's prefix, got one for an encoder-decoder "
-            "(num_transformer_submodules=2 or task_type SEQ_2_SEQ_LM); these are not supported yet"
-        )
     layers = checked_integer(config.get("num_layers"), "num_layers", 1, where)
     heads = checked_integer(config.get("num_attention_heads"), "num_attention_heads", 1, where)
     width = checked_integer(config.get("token_dim"), "token_dim", 1, where)
@@ -261,7 +309,7 @@ def _peft_geometry(config: dict[str, Any]) -> Geometry:
     return Geometry(layers, heads, width // heads)
 
 
-def _native_geometry(config: dict[str, Any]) -> Geometry:
+def _native_model_sites(config: dict[str, Any]) -> ModelSites:
     where = FORMATS["native"][0]
     version = checked_integer(config.get("format_version"), "format_version", 1, where)
     if version > NATIVE_VERSION:
@@ -269,14 +317,17 @@ def _native_geometry(config: dict[str, Any]) -> Geometry:
             f"{where}: expected format_version <= {NATIVE_VERSION}, got {version}; a newer prefix_fast wrote it, "
             "update this one"
         )
-    return Geometry(*(checked_integer(config.get(name), name, 1, where) for name in Geometry.__dataclass_fields__))
-
-
-def _native_sites(config: dict[str, Any]) -> list[str]:
-    where = FORMATS["native"][0]
     sites = config.get("sites")
-    if sites != ["decoder"]:
-        supported = isinstance(sites, list) and set(map(str, sites)) <= {"encoder", "decoder", "cross"}
-        error = NotImplementedError if supported and sites else ValueError
-        raise error(f"{where}: expected sites to be ['decoder'], got {sites!r}; other sites are not supported yet")
-    return sites
+    if version == 1:
+        if sites != ["decoder"]:
+            raise ValueError(f"{where}: expected sites to be ['decoder'], got {sites!r}; the file is damaged")
+        return ModelSites({"decoder": _checked_geometry(config, where)})
+    named = isinstance(sites, dict) and bool(sites) and set(sites) <= set(SITES)
+    if not isinstance(sites, dict) or not named or not all(isinstance(shape, dict) for shape in sites.values()):
+        raise ValueError(f"{where}: expected the sizes of each site, of {', '.join(SITES)}, got sites={sites!r}")
+    shapes = {site: _checked_geometry(sites[site], f"{where}, site {site!r}") for site in SITES if site in sites}
+    return ModelSites(shapes, is_encoder_decoder=True)
+
+
+def _checked_geometry(fields: dict[str, Any], where: str) -> Geometry:
+    return Geometry(*(checked_integer(fields.get(name), name, 1, where) for name in Geometry.__dataclass_fields__))

@@ -1,11 +1,15 @@
-"""What a model asks of a prefix (layers, key/value heads, head dim), and PEFT's flat layout of it."""
+"""What a model asks of a prefix (sites; layers, key/value heads and head dim of each), and PEFT's flat layout of it."""
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+# The attentions that can read a prefix: the encoder's to its own tokens, the decoder's to its own, the decoder's to the
+# encoder's states.
+SITES = ("encoder", "decoder", "cross")
 # Layers whose cache is one key and one value per token and head; a sliding window is a mask over them.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
@@ -27,7 +31,7 @@ def checked_integer(value: Any, name: str, minimum: int, where: str) -> int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of a decoder-only model's key/value cache, which a prefix must share.
+    """The shape of a site's keys and values, which a prefix must share: of a decoder-only model, its cache's.
 
     Args:
         num_layers: L, layers with attention.
@@ -56,6 +60,61 @@ class Geometry:
     def flat_dim(self) -> int:
         """2 · L · Hkv · D: one virtual token's keys and values of all layers."""
         return 2 * self.num_layers * self.token_dim
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """The sites at which a model can read a prefix.
+
+    Args:
+        geometries: of each site; in an encoder-decoder "cross" has the decoder's.
+        is_encoder_decoder: what kind of model it is; of a prefix without a model, what kind it was made for.
+    """
+
+    geometries: Mapping[str, Geometry] = field(default_factory=dict)
+    is_encoder_decoder: bool = False
+
+
+def model_sites(model_config: Any) -> ModelSites:
+    """The sites of a transformers model and their geometries, from its config.
+
+    Args:
+        model_config: a transformers config, a Geometry (of a decoder-only model), or ModelSites, which are returned.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `model_geometry`; an encoder-decoder whose config does not name
+            the sizes of both parts.
+    """
+    if isinstance(model_config, ModelSites):
+        return model_config
+    if isinstance(model_config, (Geometry, dict, str, type)) or not getattr(model_config, "is_encoder_decoder", False):
+        return ModelSites({"decoder": model_geometry(model_config)})
+    where = f"model_sites of {getattr(model_config, 'model_type', type(model_config).__name__)}"
+    encoder_layers = _first(model_config, "encoder_layers", "num_layers")
+    decoder_layers = _first(model_config, "decoder_layers", "num_decoder_layers")
+    heads = _first(model_config, "num_heads"), _first(model_config, "num_heads")
+    if heads[0] is None:
+        heads = tuple(_first(model_config, f"{part}_attention_heads") for part in ("encoder", "decoder"))
+    if None in (encoder_layers, decoder_layers, *heads) or _first(model_config, "d_model") is None:
+        raise NotImplementedError(
+            f"{where}: expected an encoder-decoder whose config names d_model and the layers and heads of its encoder"
+            " and decoder, as BART's or T5's, got another; it cannot have a prefix"
+        )
+    encoder = Geometry(encoder_layers, heads[0], _width_of_head(model_config, heads[0], where))
+    decoder = Geometry(decoder_layers, heads[1], _width_of_head(model_config, heads[1], where))
+    return ModelSites({"encoder": encoder, "decoder": decoder, "cross": decoder}, is_encoder_decoder=True)
+
+
+def _width_of_head(model_config: Any, heads: int, where: str) -> int:
+    """D of an encoder-decoder's part with so many heads."""
+    if _first(model_config, "d_kv") is not None:
+        return model_config.d_kv
+    if model_config.d_model % checked_integer(heads, "the heads", 1, where):
+        raise ValueError(
+            f"{where}: expected d_model to be a multiple of the heads, got {model_config.d_model} and {heads}; correct"
+            " the model's config"
+        )
+    return model_config.d_model // heads
 
 
 def model_geometry(model_config: Any) -> Geometry:
@@ -133,7 +192,7 @@ def _refuse_other_caches(model_config: Any) -> None:
     reason = None
     other_layers = set(getattr(model_config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if getattr(model_config, "is_encoder_decoder", False):
-        reason = "is an encoder-decoder, whose encoder and cross-attention sites are not supported yet"
+        reason = "is an encoder-decoder, which has several sites (model_sites gives the geometry of each)"
     elif getattr(model_config, "kv_lora_rank", None) is not None:
         reason = "compresses its keys and values (kv_lora_rank), so they have no common head dim"
     elif getattr(model_config, "num_kv_shared_layers", 0):
@@ -182,7 +241,29 @@ def join_flat(keys: Tensor, values: Tensor) -> Tensor:
     return paired.reshape(tokens, 2 * keys.shape[0] * keys.shape[1] * keys.shape[3])
 
 
-def check_same_geometry(prefix: Geometry, model: Geometry, where: str) -> None:
+def peft_layers(num_layers: int) -> list[int]:
+    """For each decoder layer of an encoder-decoder, the layer of PEFT's prefix that it reads: 2l mod L.
+
+    PEFT doubles its list of L layers and cuts it into pieces of four (self and cross, key and value), of which the
+    cross-attention's are dropped.
+    """
+    return [2 * layer % num_layers for layer in range(num_layers)]
+
+
+def check_same_sites(prefix: ModelSites, model: ModelSites, where: str) -> None:
+    """Raise ValueError if the model is of another kind than the prefix's, or has other sizes at one of its sites."""
+    if prefix.is_encoder_decoder != model.is_encoder_decoder:
+        kinds = ("a decoder-only model", "an encoder-decoder")
+        raise ValueError(
+            f"{where}: expected a prefix for {kinds[model.is_encoder_decoder]}, got one for"
+            f" {kinds[prefix.is_encoder_decoder]}, with the sites {tuple(prefix.geometries)}; use the model that the"
+            " prefix was made for"
+        )
+    for site, geometry in prefix.geometries.items():
+        check_same_geometry(geometry, model.geometries[site], where, f" at the site {site!r}" * (site != "decoder"))
+
+
+def check_same_geometry(prefix: Geometry, model: Geometry, where: str, which: str = "") -> None:
     """Raise ValueError naming every size in which a prefix differs from the model that is to read it."""
     differing = [
         name for name in ("num_layers", "num_kv_heads", "head_dim") if getattr(prefix, name) != getattr(model, name)
@@ -191,6 +272,6 @@ def check_same_geometry(prefix: Geometry, model: Geometry, where: str) -> None:
         wanted = ", ".join(f"{name}={getattr(model, name)}" for name in differing)
         got = ", ".join(f"{name}={getattr(prefix, name)}" for name in differing)
         raise ValueError(
-            f"{where}: expected a prefix for a model with {wanted}, got one with {got}; use the model that "
+            f"{where}: expected a prefix for a model with {wanted}{which}, got one with {got}; use the model that "
             "the prefix was made for, or train a prefix for this one"
         )

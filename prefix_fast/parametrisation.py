@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefix_fast.geometry import Geometry, checked_integer, split_flat
-
-SITES = ("encoder", "decoder", "cross")
+from prefix_fast.geometry import SITES, Geometry, checked_integer, split_flat
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class PrefixConfig:
         encoder_hidden_size: width of that MLP's hidden layer.
         prefix_dropout: in training, the probability of dropping each number of the keys and values.
         sites: the attentions that read a prefix; None: all of the model's. A decoder-only model has "decoder"
-            alone.
+            alone, an encoder-decoder "encoder", "decoder" and "cross", each with keys and values (and MLP) of its own.
 
     Raises:
         TypeError: a field of another type. ValueError: a field out of range, an unknown or repeated site.

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from prefix_fast import dispatch, selfcheck
-from prefix_fast.geometry import model_geometry
-from prefix_fast.models import admission, hosts, hub
+from prefix_fast.geometry import model_sites
+from prefix_fast.models import admission, families, hosts, hub, sites
 from prefix_fast.models.loss import loss_plan
+from prefix_fast.models.seq2seq_loss import seq2seq_plan
 from prefix_fast.prefix import Prefix, PrefixConfig
 
 
@@ -30,8 +31,9 @@ def patch(
     driver (see `prefix_fast.selfcheck`); a model that is moved there later is checked by its first call.
 
     Args:
-        model: a decoder-only transformers model, or a PeftModel (causal language model) whose active adapter is prefix
-            tuning: its own adapter is the prefix, and parameters, files, losses and tokens stay PEFT's.
+        model: a transformers model, decoder-only or encoder-decoder, or a PeftModel (of a causal or sequence-to-
+            sequence language model) whose active adapter is prefix tuning: its own adapter is the prefix, and
+            parameters, files, losses and tokens stay PEFT's.
         prefix: None: a fresh `PrefixConfig()`; an int: that many virtual tokens (0: no prefix); a PrefixConfig; a
             Prefix; a folder or Hub id. None for a PeftModel.
         backend: of the operator, as in `prefix_attention`.
@@ -63,11 +65,18 @@ def patch(
     admission.check_model(model)
     was = _earlier_state(model)
     own_class: Any = type(model)
-    geometry = model_geometry(model.config)
+    offered = model_sites(model.config)
     module = _prefix_module(prefix, model)
-    selfcheck.vet_model(model, backend, geometry.head_dim, compute_dtype, with_masters=module is not None)
+    for head_dim in {geometry.head_dim for geometry in offered.geometries.values()}:
+        selfcheck.vet_model(model, backend, head_dim, compute_dtype, with_masters=module is not None)
+    if not freeze and families.position_style(model) == "relative":
+        raise NotImplementedError(
+            f"patch: expected freeze=True, got False with {type(model).__name__}, whose position bias would need a"
+            " gradient that the operator does not give; train the prefix alone"
+        )
     if was is None:
-        positions, plan = admission.admit(model, geometry), loss_plan(own_class)
+        positions = admission.admit(model, offered)
+        plan = seq2seq_plan(own_class) if offered.is_encoder_decoder else loss_plan(own_class)
     else:
         positions, plan = was.positions, was.plan
         _restore_grad(model, was)
@@ -82,6 +91,8 @@ def patch(
         hosts.step_in(model, hosts.PrefixHost, state)
     else:
         model.__dict__[hosts.STATE] = state
+    if offered.is_encoder_decoder:
+        hosts.follow_encoder(model, module is not None and "encoder" in module.sites)
     return model
 
 
@@ -108,7 +119,9 @@ def unpatch(model: Any) -> Any:
 
 
 def _leave(model: Any) -> Any:
+    hosts.follow_encoder(model, False)
     state = hosts.step_out(model)
+    sites.unmark(model)
     hub.leave_attention(model)
     _restore_grad(model, state)
     del model._modules["prefix"]

@@ -13,7 +13,15 @@ from torch.nn.functional import dropout
 from prefix_fast import checkpoint
 from prefix_fast.files import find_folder
 from prefix_fast.functional import prefix_attention
-from prefix_fast.geometry import Geometry, check_same_geometry, checked_integer, model_geometry
+from prefix_fast.geometry import (
+    SITES,
+    Geometry,
+    ModelSites,
+    check_same_sites,
+    checked_integer,
+    model_geometry,
+    model_sites,
+)
 from prefix_fast.initialisation import keys_and_values_from_cache, keys_and_values_from_text
 from prefix_fast.parametrisation import DirectSite, PrefixConfig, ReparametrisedSite
 
@@ -28,13 +36,16 @@ class Prefix(nn.Module):
     runs in its dtype. Read a layer through `keys.unbind(0)`: its backward stacks the layers' gradients once,
     where indexing with `keys[l]` would add L zero-filled tensors of the full size.
 
+    The sites of an encoder-decoder are "encoder", "decoder" and "cross" (the decoder's attention to the encoder's
+    states); L is the site's own number of layers. A decoder-only model has "decoder" alone.
+
     state_dict: `sites.decoder.keys`, `sites.decoder.values` [L, Hkv, P, D]; reparametrised
     `sites.decoder.embedding.weight`, `sites.decoder.transform.{0,2}.{weight,bias}`, and where it started from
     a text the buffers `sites.decoder.base_keys`, `sites.decoder.base_values`.
 
     Args:
         config: what to learn.
-        model_config: the transformers config of the model, or its Geometry.
+        model_config: the transformers config of the model, its ModelSites, or a decoder-only model's Geometry.
         start: per site the keys and values [L, Hkv, P, D] to begin with; None: at random, as PEFT's
             PrefixEncoder.
         base_model_name: the model's name or path, written beside the saved prefix; None: the config's.
@@ -59,17 +70,21 @@ class Prefix(nn.Module):
                 "PrefixConfig(num_virtual_tokens=...)"
             )
         self.config = config
-        self.geometry = model_geometry(model_config)
+        offered = model_sites(model_config)
         self.base_model_name = base_model_name or getattr(model_config, "_name_or_path", None) or None
-        missing = [site for site in config.sites or () if site != "decoder"]
+        missing = [site for site in config.sites or () if site not in offered.geometries]
         if missing:
+            kind = "an encoder-decoder" if offered.is_encoder_decoder else "a decoder-only model"
             raise NotImplementedError(
-                f"Prefix: expected sites=('decoder',) for a decoder-only model, got {config.sites}; it has "
-                f"no {' and no '.join(missing)} attention: leave sites out"
+                f"Prefix: expected sites={tuple(offered.geometries)} or a part of it for {kind}, got {config.sites}; it"
+                f" has no {' and no '.join(missing)} attention: leave sites out"
             )
+        chosen = [site for site in SITES if site in (config.sites or offered.geometries)]
+        geometries = {site: offered.geometries[site] for site in chosen}
+        self.model_sites = ModelSites(geometries, offered.is_encoder_decoder)
         site_class = ReparametrisedSite if config.prefix_projection else DirectSite
         self.sites = nn.ModuleDict(
-            {site: site_class(config, self.geometry, self._start_of(site, start)) for site in ("decoder",)}
+            {site: site_class(config, shape, self._start_of(site, start)) for site, shape in geometries.items()}
         )
 
     def _start_of(self, site: str, start: Mapping[str, tuple[Tensor, Tensor]] | None) -> tuple[Tensor, Tensor] | None:
@@ -77,7 +92,7 @@ class Prefix(nn.Module):
             return None
         if site not in start:
             raise ValueError(f"Prefix: expected a start for the site {site!r}, got {sorted(start)}; pass one")
-        geometry = self.geometry
+        geometry = self.model_sites.geometries[site]
         shape = (geometry.num_layers, geometry.num_kv_heads, self.num_virtual_tokens, geometry.head_dim)
         for name, tensor in zip(("keys", "values"), start[site], strict=True):
             if tuple(tensor.shape) != shape:
@@ -86,6 +101,12 @@ class Prefix(nn.Module):
                     "start from the same model and length"
                 )
         return start[site]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The decoder's layers, key/value heads and head dim; of a prefix without that site, its first site's."""
+        geometries = self.model_sites.geometries
+        return geometries.get("decoder") or next(iter(geometries.values()))
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -114,16 +135,16 @@ class Prefix(nn.Module):
     def fold(self) -> "Prefix":
         """A direct Prefix with copies of the same keys and values."""
         config = replace(self.config, prefix_projection=False)
-        return Prefix(config, self.geometry, start=self._folded(), base_model_name=self.base_model_name)
+        return Prefix(config, self.model_sites, start=self._folded(), base_model_name=self.base_model_name)
 
     def check_fits(self, model_config: Any) -> None:
-        """Raise ValueError if the model has other layers, key/value heads or head dim than this prefix.
+        """Raise ValueError if the model lacks a site of this prefix, or has other layers, heads or head dim there.
 
         Args:
-            model_config: the transformers config of the model, or its Geometry; raises as model_geometry
+            model_config: the transformers config of the model, or what else Prefix takes; raises as model_sites
                 does.
         """
-        check_same_geometry(self.geometry, model_geometry(model_config), "Prefix.check_fits")
+        check_same_sites(self.model_sites, model_sites(model_config), "Prefix.check_fits")
 
     @classmethod
     def from_text(cls, model: Any, tokenizer: Any, text: str, config: PrefixConfig | None = None) -> "Prefix":
@@ -176,7 +197,7 @@ class Prefix(nn.Module):
             format: "auto", "peft" (raises with the reason where PEFT cannot) or "native".
         """
         stored = checkpoint.StoredPrefix(
-            geometry=self.geometry,
+            model_sites=self.model_sites,
             sites=self._folded(),
             encoder_hidden_size=self.config.encoder_hidden_size,
             prefix_dropout=self.config.prefix_dropout,
@@ -212,15 +233,16 @@ class Prefix(nn.Module):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        expected = None if model_config is None else model_geometry(model_config)
+        expected = None if model_config is None else model_sites(model_config)
         stored = checkpoint.load(folder, format, expected)
         config = PrefixConfig(
             num_virtual_tokens=stored.num_virtual_tokens,
             prefix_projection=False,
             encoder_hidden_size=stored.encoder_hidden_size,
             prefix_dropout=stored.prefix_dropout,
+            sites=tuple(stored.sites) if stored.model_sites.is_encoder_decoder else None,
         )
-        return cls(config, stored.geometry, start=stored.sites, base_model_name=stored.base_model_name)
+        return cls(config, stored.model_sites, start=stored.sites, base_model_name=stored.base_model_name)
 
     def push_to_hub(
         self,
@@ -252,12 +274,13 @@ class Prefix(nn.Module):
 
     def extra_repr(self) -> str:
         """What the printed module shows of the prefix."""
-        geometry = self.geometry
-        return (
-            f"num_virtual_tokens={self.num_virtual_tokens}, "
-            f"prefix_projection={self.config.prefix_projection}, num_layers={geometry.num_layers}, "
-            f"num_kv_heads={geometry.num_kv_heads}, head_dim={geometry.head_dim}"
-        )
+        own = [f"num_virtual_tokens={self.num_virtual_tokens}", f"prefix_projection={self.config.prefix_projection}"]
+        sizes = {
+            site: ", ".join(f"{k}={v}" for k, v in vars(g).items()) for site, g in self.model_sites.geometries.items()
+        }
+        if self.model_sites.is_encoder_decoder:
+            return ", ".join(own) + "".join(f"\n{site}: {size}" for site, size in sizes.items())
+        return ", ".join([*own, sizes["decoder"]])
 
 
 class PrefixAttention(nn.Module):

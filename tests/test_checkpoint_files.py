@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefix_fast import checkpoint
+from prefix_fast.geometry import ModelSites
 from prefix_fast.prefix import Geometry, Prefix, PrefixConfig
 
 GEOMETRY = Geometry(num_layers=2, num_kv_heads=2, head_dim=4)
@@ -54,7 +55,8 @@ def test_saved_prefix_loads_folded_with_the_same_numbers(tmp_path: Path, format:
 
 def test_sites_that_peft_lacks_are_native_and_refused_as_peft(tmp_path: Path) -> None:
     sites = {site: (torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)) for site in ("encoder", "decoder")}
-    stored = checkpoint.StoredPrefix(GEOMETRY, sites)
+    geometries = dict.fromkeys(sites, GEOMETRY)
+    stored = checkpoint.StoredPrefix(ModelSites(geometries, is_encoder_decoder=True), sites)
     with pytest.raises(NotImplementedError, match=r"it has prefixes at \['decoder', 'encoder'\], PEFT has them at"):
         checkpoint.save(stored, tmp_path / "peft", "peft")
     checkpoint.save(stored, tmp_path / "auto")
@@ -62,8 +64,10 @@ def test_sites_that_peft_lacks_are_native_and_refused_as_peft(tmp_path: Path) ->
     assert sorted(load_file(tmp_path / "auto" / NATIVE[1])) == [
         "decoder.keys", "decoder.values", "encoder.keys", "encoder.values",
     ]  # fmt: skip
-    with pytest.raises(NotImplementedError, match=r"sites to be \['decoder'\], got \['decoder', 'encoder'\]"):
-        Prefix.from_pretrained(tmp_path / "auto")
+    loaded = Prefix.from_pretrained(tmp_path / "auto")
+    assert loaded.config.sites == ("encoder", "decoder") and loaded.model_sites == stored.model_sites
+    for site, (keys, values) in sites.items():
+        torch.testing.assert_close(loaded()[site], (keys.unsqueeze(1), values.unsqueeze(1)), rtol=0, atol=0)
 
 
 def test_saving_again_replaces_the_files(tmp_path: Path) -> None:
@@ -157,8 +161,6 @@ def test_save_arguments_that_cannot_be_served_are_refused(tmp_path: Path) -> Non
 CONFIG_ERRORS = [
     ({"peft_type": "LORA"}, ValueError, "peft_type to be one of PREFIX_TUNING, CARTRIDGE, got 'LORA'"),
     ({"peft_type": ["PREFIX_TUNING"]}, ValueError, r"got \['PREFIX_TUNING'\]"),
-    ({"num_transformer_submodules": 2}, NotImplementedError, "got one for an encoder-decoder"),
-    ({"task_type": "SEQ_2_SEQ_LM"}, NotImplementedError, "got one for an encoder-decoder"),
     ({"num_layers": -2}, ValueError, "num_layers >= 1, got -2"),
     ({"num_layers": 2.0}, TypeError, r"num_layers to be an integer, got 2\.0 \(float\)"),
     ({"num_layers": float("inf")}, TypeError, r"num_layers to be an integer, got inf \(float\)"),
@@ -186,12 +188,20 @@ def test_peft_config_with_wrong_fields_is_refused(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"format_version": 2}, ValueError, "format_version <= 1, got 2; a newer prefix_fast wrote it"),
+        ({"format_version": 3}, ValueError, "format_version <= 2, got 3; a newer prefix_fast wrote it"),
         ({"format_version": None}, TypeError, "format_version to be an integer, got None"),
         ({"sites": ["../../etc"]}, ValueError, r"sites to be \['decoder'\], got \['../../etc'\]"),
         ({"sites": "decoder"}, ValueError, r"sites to be \['decoder'\], got 'decoder'"),
         ({"sites": [["decoder"]]}, ValueError, r"sites to be \['decoder'\], got \[\['decoder'\]\]"),
         ({"sites": []}, ValueError, r"sites to be \['decoder'\], got \[\]"),
+        ({"format_version": 2}, ValueError, r"sizes of each site, of encoder, .* got sites=\['decoder'\]"),
+        ({"format_version": 2, "sites": {"middle": {}}}, ValueError, r"sizes of each site, .* got sites=\{'middle'"),
+        ({"format_version": 2, "sites": {"cross": 3}}, ValueError, r"sizes of each site, .* got sites=\{'cross': 3\}"),
+        (
+            {"format_version": 2, "sites": {"cross": {}}},
+            TypeError,
+            "site 'cross': expected num_layers to be an integer",
+        ),
         ({"head_dim": 0}, ValueError, "head_dim >= 1, got 0"),
         ({"prefix_dropout": "half"}, TypeError, "prefix_dropout to be a number, got 'half'"),
         ({"num_kv_heads": 4}, ValueError, r"'decoder.keys' of shape \(2, 4, 3, 4\) as its config says, got \(2, 2"),

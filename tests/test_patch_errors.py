@@ -47,11 +47,11 @@ def mamba():
     return build("Mamba", vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)
 
 
-def bart():
+def led():
     import transformers as hf
 
     sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-    return hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=61, d_model=16, **sizes))
+    return hf.LEDForConditionalGeneration(hf.LEDConfig(vocab_size=61, d_model=16, attention_window=4, **sizes))
 
 
 def bert():
@@ -130,7 +130,7 @@ def with_another_attention():
         (gptj, NotImplementedError, "attention interface"),
         (bloom, NotImplementedError, "attention interface"),
         (mamba, (NotImplementedError, ValueError), "num_attention_heads|attention"),
-        (bart, NotImplementedError, "decoder-only model, got BartForConditionalGeneration, an encoder-decoder"),
+        (led, NotImplementedError, "got LEDForConditionalGeneration, which computes attention in its own modules"),
         (bert, NotImplementedError, "positions can be shifted"),
         (compressed, NotImplementedError, "kv_lora_rank"),
         (doge, NotImplementedError, "masks down to the attention as they are, got DogeForCausalLM"),

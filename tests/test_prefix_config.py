@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from prefix_inputs import FAMILIES, tiny_config
-from transformers import BartConfig, DeepseekV3Config, Gemma3nTextConfig, GPTBigCodeConfig, LlamaConfig, MambaConfig
+from transformers import (
+    DeepseekV3Config,
+    EncoderDecoderConfig,
+    Gemma3nTextConfig,
+    GPTBigCodeConfig,
+    LlamaConfig,
+    MambaConfig,
+)
 
 from prefix_fast.prefix import Geometry, Prefix, PrefixConfig, model_geometry
 
@@ -82,7 +89,11 @@ def test_config_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (BartConfig(), NotImplementedError, "got bart: it is an encoder-decoder"),
+        (
+            EncoderDecoderConfig(encoder={"model_type": "bert"}, decoder={"model_type": "gpt2"}),
+            NotImplementedError,
+            "names d_model",
+        ),
         (DeepseekV3Config(), NotImplementedError, r"compresses its keys and values \(kv_lora_rank\)"),
         (Gemma3nTextConfig(), NotImplementedError, "read another layer's keys and values"),
         (MambaConfig(), NotImplementedError, "without an ordinary key/value cache"),

@@ -5,6 +5,8 @@ model would count itself.
 
     "arange"   past + 0, 1, 2, ... for every row        GPT-2, Llama, Qwen, GPT-NeoX and most others
     "mask"     (Σ mask + P) · mask - 1, over the padding mask: a padded token keeps -1        OPT
+
+Of an encoder-decoder, the decoder's positions are shifted alone, by the prefix of its self-attention (see `sites`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,13 @@ from torch import Tensor, nn
 
 # model_type → how positions are counted when the caller gives none. Others are read from their decoder's source.
 POSITION_STYLES = {"gpt2": "arange", "llama": "arange", "qwen3": "arange", "gpt_neox": "arange", "opt": "mask"}
+# Encoder-decoders: model_type → "embedded" (decoder.embed_positions) or "relative" (a bias by distance). A type that is
+# not here is refused: each of these is compared with a prefix inside its own keys and values by the tests.
+SEQ2SEQ_STYLES = {
+    **dict.fromkeys(("bart", "mbart", "plbart", "marian", "pegasus", "m2m_100", "whisper"), "embedded"),
+    **dict.fromkeys(("blenderbot", "blenderbot-small"), "embedded"),
+    **dict.fromkeys(("t5", "mt5", "umt5"), "relative"),
+}
 # The statement by which transformers' decoders count positions; whitespace removed.
 _ARANGE = "position_ids=torch.arange(inputs_embeds.shape[1],device=inputs_embeds.device)+past_seen_tokens"
 # Attributes that hold a table of learned positions.
@@ -25,6 +34,8 @@ _TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings"
 
 def position_style(model: Any) -> str | None:
     """How the model counts positions by itself: "arange", "mask", or None where it is not known."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return SEQ2SEQ_STYLES.get(model.config.model_type)
     style = POSITION_STYLES.get(model.config.model_type)
     if style is not None:
         return style

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_fast.models import families, hub, saving
+from prefix_fast.models import families, hub, saving, sites
+from prefix_fast.models.hub import States
 from prefix_fast.models.loss import LossPlan, can_fuse, fused_forward
+from prefix_fast.models.seq2seq_loss import Seq2SeqPlan, can_fuse_seq2seq, fused_seq2seq_forward
 
 STATE = "_prefix_fast"
-States = tuple[Tensor, Tensor]
+OWNER = "_prefix_fast_owner"
 
 
 @dataclass
@@ -34,11 +36,11 @@ class HostState:
         backend, fused_loss, compute_dtype: as given to `patch`.
         attention: the name under which our attention function is registered for this model.
         positions: how the model counts positions itself (see `families`).
-        limit: the positions in its table, if it has one.
+        limit: the positions in its table, if it has one; an encoder-decoder's is checked where it is read.
         parameters: the names of the forward's parameters, in order.
         requires_grad: of each parameter before it was frozen; None: nothing was frozen.
         plan: of the class's loss; None: it has another form than ours.
-        states: keys and values that a running `generate` computed once.
+        states: keys and values per site that a running `generate` computed once.
     """
 
     backend: str
@@ -49,7 +51,7 @@ class HostState:
     limit: int | None
     parameters: tuple[str, ...]
     requires_grad: dict[str, bool] | None = None
-    plan: LossPlan | None = None
+    plan: LossPlan | Seq2SeqPlan | None = None
     states: States | None = field(default=None, repr=False)
 
     @classmethod
@@ -62,7 +64,7 @@ class HostState:
             fused_loss=fused_loss,
             compute_dtype=compute_dtype,
             attention=model.config._attn_implementation,
-            limit=families.position_limit(model),
+            limit=None if model.config.is_encoder_decoder else families.position_limit(model),
             parameters=forward_parameters(model),
             **known,
         )
@@ -85,20 +87,42 @@ class HostMixin:
             return forward(self, *args, **kwargs)
         arguments = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
         self._check_call(arguments)
-        if self.config._attn_implementation != state.attention:  # type: ignore[attr-defined]
-            # Another model on this config was unpatched; calls without a prefix still run the original attention.
-            self.config._attn_implementation = state.attention  # type: ignore[attr-defined]
+        self._keep_attention()
+        if self.config.is_encoder_decoder:  # type: ignore[attr-defined]
+            return self._forward_seq2seq(forward, arguments, context)
         positions = families.shifted_positions(state.positions, arguments, context.length)
         families.check_positions(positions, state.limit, type(self).__name__)
         if torch.compiler.is_compiling():
             _keep_rows_whole(arguments)
         arguments["position_ids"] = positions
         arguments[hub.KEYWORD] = context
-        plan = state.plan if state.fused_loss and self.training else None  # type: ignore[attr-defined]
-        if arguments.get("labels") is None or not can_fuse(self, arguments):
+        plan = self._plan(arguments)
+        if not isinstance(plan, LossPlan) or not can_fuse(self, arguments):
             plan = None
         with self._compute(positions.device.type):
             return forward(self, **arguments) if plan is None else fused_forward(self, plan, arguments)
+
+    def _forward_seq2seq(self, forward: Callable, arguments: dict[str, Any], context: hub.PrefixContext) -> Any:
+        state: HostState = self.__dict__[STATE]
+        arguments[hub.KEYWORD] = context
+        plan = self._plan(arguments)
+        device = next(self.parameters()).device.type  # type: ignore[attr-defined]
+        with self._compute(device), sites.shifted(self, state.positions, context.length):
+            if isinstance(plan, Seq2SeqPlan) and can_fuse_seq2seq(self, arguments):
+                return fused_seq2seq_forward(self, plan, forward, arguments)
+            return forward(self, **arguments)
+
+    def _plan(self, arguments: dict[str, Any]) -> LossPlan | Seq2SeqPlan | None:
+        """How a training call with labels computes its loss; None: as the class does."""
+        state: HostState = self.__dict__[STATE]
+        wanted = state.fused_loss and self.training and arguments.get("labels") is not None  # type: ignore[attr-defined]
+        return state.plan if wanted else None
+
+    def _keep_attention(self) -> None:
+        """Another model on this config may have been unpatched; calls without a prefix run the original attention."""
+        state: HostState = self.__dict__[STATE]
+        if self.config._attn_implementation != state.attention:  # type: ignore[attr-defined]
+            self.config._attn_implementation = state.attention  # type: ignore[attr-defined]
 
     def _check_call(self, arguments: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -108,9 +132,11 @@ class HostMixin:
                 f"{name}: expected output_attentions=False, got True; a patched model never forms the attention"
                 " weights: unpatch it to look at them"
             )
-        if arguments.get("head_mask") is not None:
-            raise ValueError(f"{name}: expected no head_mask, got one; unpatch the model to mask heads")
-        if arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
+        for mask in ("head_mask", "decoder_head_mask", "cross_attn_head_mask"):
+            if arguments.get(mask) is not None:
+                raise ValueError(f"{name}: expected no {mask}, got one; unpatch the model to mask heads")
+        inputs = ("input_ids", "inputs_embeds", "encoder_outputs", "input_features")
+        if all(arguments.get(given) is None for given in inputs):
             raise ValueError(f"{name}: expected input_ids or inputs_embeds, got neither; pass one of them")
 
     def _compute(self, device: str) -> Any:
@@ -148,15 +174,14 @@ class PrefixHost(HostMixin):
 
     def _prefix_context(self) -> hub.PrefixContext:
         state: HostState = self.__dict__[STATE]
-        states = state.states
-        if states is None and self.prefix is not None:  # type: ignore[attr-defined]
-            states = self.prefix()["decoder"]  # type: ignore[attr-defined]
-        return hub.PrefixContext(states, state.backend)
+        return hub.PrefixContext(self._states() if state.states is None else state.states, state.backend)
+
+    def _states(self) -> States:
+        return {} if self.prefix is None else self.prefix()  # type: ignore[attr-defined]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As of the class; the prefix's keys and values are computed once, not at every token."""
-        prefix = self.prefix  # type: ignore[attr-defined]
-        with once_per_generation(self.__dict__[STATE], lambda: None if prefix is None else prefix()["decoder"]):
+        with once_per_generation(self.__dict__[STATE], self._states):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -174,13 +199,30 @@ class PrefixHost(HostMixin):
         return [name for name in self.state_dict() if not name.startswith("prefix.")]  # type: ignore[attr-defined]
 
 
+class EncoderHost:
+    """The encoder of a patched encoder-decoder, which `generate` and users also call by itself: it reads its prefix."""
+
+    _prefix_fast_class: Any
+
+    def _prefix_forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get(hub.KEYWORD) is not None:
+            return forward(self, *args, **kwargs)
+        (owner,) = self.__dict__[OWNER]
+        owner._keep_attention()
+        kwargs[hub.KEYWORD] = owner._prefix_context()
+        with owner._compute(next(owner.parameters()).device.type):
+            return forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._prefix_fast_class, EncoderHost), self.__dict__
+
+
 @contextmanager
-def once_per_generation(state: Any, compute: Callable[[], States | None]) -> Any:
+def once_per_generation(state: Any, compute: Callable[[], States]) -> Any:
     """Keep keys and values in `state.states` for the time of one `generate`."""
     before = state.states
     with torch.no_grad():
-        states = compute()
-    state.states = None if states is None else (states[0].contiguous(), states[1].contiguous())
+        state.states = {site: (keys.contiguous(), values.contiguous()) for site, (keys, values) in compute().items()}
     try:
         yield
     finally:
@@ -256,6 +298,17 @@ def step_out(model: Any, name: str = STATE) -> Any:
     """Give the model its own class back; returns the state it had."""
     model.__class__ = type(model)._prefix_fast_class
     return model.__dict__.pop(name)
+
+
+def follow_encoder(model: Any, reads: bool) -> None:
+    """Let the encoder read its prefix when it is called by itself, or no longer."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    if encoder is None or reads == isinstance(encoder, EncoderHost):
+        return
+    if reads:
+        step_in(encoder, EncoderHost, (model,), OWNER)
+    else:
+        step_out(encoder, OWNER)
 
 
 def forward_parameters(model: Any) -> tuple[str, ...]:

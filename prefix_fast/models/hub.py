@@ -10,7 +10,7 @@ cross-attention): it runs the attention implementation that the config had befor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor
 
 from prefix_fast import selfcheck
 from prefix_fast.functional import Segment, segment_attention
+from prefix_fast.models import sites
 from prefix_fast.models.masks import OwnMask, Visible, make_own_mask
+from prefix_fast.models.sites import Site
 
+States = Mapping[str, tuple[Tensor, Tensor]]
 KEYWORD = "prefix_fast"
 # config._attn_implementation before → after. The name alone tells what to restore and what an unpatched model runs.
 ATTENTION_NAMES = {
@@ -34,24 +37,25 @@ ORIGINAL_NAMES = {name: original for original, name in ATTENTION_NAMES.items()}
 
 
 class PrefixContext:
-    """One forward's prefix: keys and values per layer, [1, Hkv, P, D] each, views of one stacked tensor.
+    """One forward's prefix: per site, keys and values of each layer, [1, Hkv, P, D] each, views of one stacked tensor.
 
     Args:
-        states: the stacked keys and values, [L, 1, Hkv, P, D] each; None: no prefix.
+        states: site → the stacked keys and values, [L, 1, Hkv, P, D] each; a site that is not there has no prefix.
         backend: as in `prefix_attention`.
         in_window: the prefix's positions count in a sliding window, and leave it (PEFT's numbers).
     """
 
-    def __init__(self, states: tuple[Tensor, Tensor] | None, backend: str, in_window: bool = False) -> None:
+    def __init__(self, states: States, backend: str, in_window: bool = False) -> None:
         self.backend = backend
         self.in_window = in_window
-        self.length = 0 if states is None else states[0].shape[-2]
+        # By how much the decoder's own tokens stand further on.
+        self.length = states["decoder"][0].shape[-2] if "decoder" in states else 0
         # A reparametrised prefix is a view of its MLP's output, whose tokens lie 2 · L · Hkv · D floats apart:
         # every key would miss the TLB.
-        self.keys: tuple[Tensor, ...] = () if states is None else states[0].contiguous().unbind(0)
-        self.values: tuple[Tensor, ...] = () if states is None else states[1].contiguous().unbind(0)
-        grad = torch.is_grad_enabled()
-        self.needs_grad = grad and states is not None and (states[0].requires_grad or states[1].requires_grad)
+        self.layers = {site: tuple(stacked.contiguous().unbind(0) for stacked in pair) for site, pair in states.items()}
+        self.needs_grad = torch.is_grad_enabled() and any(
+            tensor.requires_grad for pair in states.values() for tensor in pair
+        )
 
     def attend(
         self,
@@ -65,6 +69,7 @@ class PrefixContext:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
         **ignored: Any,
     ) -> tuple[Tensor, None]:
         """Attention of one layer to the prefix and the own tokens: what the interface asks of an attention function."""
@@ -74,11 +79,14 @@ class PrefixContext:
                 " as reentrant gradient checkpointing runs it, where the prefix would get no gradient; use"
                 " use_reentrant=False"
             )
-        visible = self._visible(query, mask)
-        index = module.layer_idx
-        segments = [Segment(self.keys[index], self.values[index], in_window=self.in_window)] if self.keys else []
+        site = sites.site_of(module)
+        visible = self._visible(query, mask, site)
+        if position_bias is not None and site.name != "cross":  # the cross-attention's is zero, which `admit` has seen
+            bias = position_bias.to(query.dtype)
+            visible = visible._replace(attn_bias=bias if visible.attn_bias is None else bias + visible.attn_bias)
+        segments = self._segments(site, query, key, mask)
         if not torch.compiler.is_compiling():  # the model may have come to its device after patch
-            prefix_dtype = self.keys[index].dtype if self.keys else query.dtype
+            prefix_dtype = segments[0].key.dtype if segments else query.dtype
             selfcheck.vet(query.device, self.backend, query.shape[-1], query.dtype, prefix_dtype)
         out = segment_attention(
             query,
@@ -98,7 +106,24 @@ class PrefixContext:
         )
         return out.transpose(1, 2), None  # type: ignore[union-attr]
 
-    def _visible(self, query: Tensor, mask: OwnMask | Tensor | None) -> Visible:
+    def _segments(self, site: Site, query: Tensor, key: Tensor, mask: Any) -> list[Segment]:
+        if site.name not in self.layers:
+            return []
+        keys, values = (layers[site.layer] for layers in self.layers[site.name])
+        bias = None
+        if site.bias is not None:
+            past: Tensor | int = 0
+            if site.name == "decoder":
+                if mask is not None and not isinstance(mask, OwnMask):
+                    raise NotImplementedError(
+                        "prefix_fast: expected a padding mask [B, T] in a model with relative positions, got a 4-D one,"
+                        " which does not say where the queries stand; pass a 2-D mask"
+                    )
+                past = key.shape[2] - query.shape[2] if mask is None else mask.request["q_offset"]
+            bias = sites.relative_bias(site, query.shape[2], keys.shape[2], past).to(query.dtype)  # type: ignore[union-attr]
+        return [Segment(keys, values, in_window=self.in_window, bias=bias)]
+
+    def _visible(self, query: Tensor, mask: OwnMask | Tensor | None, site: Site) -> Visible:
         if isinstance(mask, OwnMask):
             visible = mask.visible(query.dtype, self.length if self.in_window else 0)
             if self.in_window and visible.attn_bias is not None and mask.request.get("local_size") is not None:
@@ -108,7 +133,7 @@ class PrefixContext:
                 )
             return visible
         if mask is None:
-            return Visible(None, None, True, None, None)
+            return Visible(None, None, site.name == "decoder", None, None)
         if mask.dtype == torch.bool:
             mask = torch.zeros((), dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return Visible(None, mask.to(query.dtype), False, None, None)
@@ -182,5 +207,7 @@ def enter_attention(model: Any) -> None:
 def leave_attention(model: Any) -> None:
     """Give the model's config back the implementation that `enter_attention` replaced."""
     original = original_attention(model.config)
-    if model.config._attn_implementation != original:
+    # T5's stacks have configs of their own.
+    parts = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    if any(part.config._attn_implementation != original for part in parts):
         model.set_attn_implementation(original)

@@ -1,5 +1,7 @@
 """PEFT models with prefix tuning: the prompt encoder's keys and values reach the layers without PEFT's cache.
 
+Of an encoder-decoder PEFT fills the decoder's self-attention alone, whose layer l gets the prefix's layer 2l mod L.
+
 PEFT repeats the prefix for every row, hands it over as the past of the cache, lengthens the padding mask and shifts the
 positions. Here the PeftModel's forward and prepare_inputs_for_generation hand the model inside one `PrefixContext`
 instead, which shifts the positions by itself. Parameters, configs, adapters and files are PEFT's own and stay
@@ -8,16 +10,19 @@ untouched; `disable_adapter` works because it calls the model inside without a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import inspect
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefix_fast import selfcheck
-from prefix_fast.geometry import Geometry, check_same_geometry, model_geometry, split_flat
-from prefix_fast.models import admission, hosts, hub
+from prefix_fast.geometry import Geometry, check_same_geometry, model_sites, peft_layers, split_flat
+from prefix_fast.models import admission, hosts, hub, sites
 from prefix_fast.models.loss import loss_plan
+from prefix_fast.models.seq2seq_loss import seq2seq_plan
 
 STATE = "_prefix_fast_peft"
 
@@ -27,19 +32,18 @@ class PeftState:
     """What a patched PeftModel remembers: the operator's backend, and what a running `generate` computed once."""
 
     backend: str
-    states: hosts.States | None = field(default=None, repr=False)
+    states: hub.States | None = field(default=None, repr=False)
 
 
 class PeftHost:
-    """What a patched PeftModelForCausalLM does otherwise than its class, while a prefix-tuning adapter is active."""
+    """What a patched PeftModelForCausalLM or PeftModelForSeq2SeqLM does otherwise, while prefix tuning is active."""
 
     _prefix_fast_class: Any
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not _is_prefix_tuning(self.active_peft_config):
             return forward(self, *args, **kwargs)
-        names = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states")
-        arguments = {**dict(zip((*names, "return_dict", "task_ids"), args, strict=False)), **kwargs}
+        arguments = {**dict(zip(_names(self._prefix_fast_class), args, strict=False)), **kwargs}
         # As in PEFT: whatever cache the caller has, the prefix is the past.
         for name in ("past_key_values", "task_ids"):
             arguments.pop(name, None)
@@ -74,7 +78,13 @@ class PeftHost:
         return hosts._rebuild, (self._prefix_fast_class, PeftHost), self.__dict__
 
 
-def prompt_states(model: Any) -> hosts.States:
+@functools.cache
+def _names(cls: Any) -> tuple[str, ...]:
+    """The names of a forward's arguments, in order."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def prompt_states(model: Any) -> hub.States:
     """The active adapter's keys and values, [L, 1, Hkv, P, D] each, as `PeftModel.get_prompt` takes them for one row.
 
     Equal to it in everything else: the encoder's training mode, `inference_mode`, the cast to the model's dtype.
@@ -89,18 +99,21 @@ def prompt_states(model: Any) -> hosts.States:
     if model.base_model_torch_dtype is not None:
         flat = flat.to(model.base_model_torch_dtype)
     keys, values = split_flat(flat, _geometry_of(config))
-    return keys.unsqueeze(1), values.unsqueeze(1)
+    if config.num_transformer_submodules == 2:
+        layers = peft_layers(config.num_layers)[: model_sites(model.base_model.config).geometries["decoder"].num_layers]
+        keys, values = keys[layers], values[layers]
+    return {"decoder": (keys.unsqueeze(1), values.unsqueeze(1))}
 
 
 def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.dtype | None) -> Any:
     """`patch` for a PeftModel.
 
     Raises:
-        NotImplementedError: another task or adapter than prefix tuning of a causal language model, or a model inside
-            that cannot be patched. ValueError: an adapter of other shapes than the model's, a model inside that is
-            patched.
+        NotImplementedError: another task or adapter than prefix tuning of a causal or sequence-to-sequence language
+            model, or a model inside that cannot be patched. ValueError: an adapter of other shapes than the model's, a
+            model inside that is patched.
     """
-    from peft import PeftModelForCausalLM
+    from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM
 
     config = model.active_peft_config
     kind = getattr(config.peft_type, "value", config.peft_type)
@@ -109,20 +122,28 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
             f"patch: expected a PeftModel whose active adapter is prefix tuning, got {kind}; its prompt is no prefix of"
             " keys and values"
         )
-    if not isinstance(model, PeftModelForCausalLM) or config.num_transformer_submodules != 1:
-        raise NotImplementedError(
-            f"patch: expected a PeftModelForCausalLM, got {type(model).__name__}; use task_type='CAUSAL_LM'"
-        )
     base = model.base_model
+    seq2seq = bool(getattr(base.config, "is_encoder_decoder", False))
+    wanted = PeftModelForSeq2SeqLM if seq2seq else PeftModelForCausalLM
+    if not isinstance(model, wanted) or config.num_transformer_submodules != 1 + seq2seq:
+        raise NotImplementedError(
+            f"patch: expected a {wanted.__name__}, got {type(model).__name__} with num_transformer_submodules="
+            f"{config.num_transformer_submodules}; use task_type='{'SEQ_2_SEQ_LM' if seq2seq else 'CAUSAL_LM'}' for"
+            f" {type(base).__name__}"
+        )
     base_class: Any = type(base)
     admission.check_model(base)
     if hosts.is_patched(base):
         raise ValueError("patch: expected a PeftModel around an unpatched model, got a patched one; unpatch that first")
-    geometry = model_geometry(base.config)
-    check_same_geometry(_geometry_of(config), geometry, "patch")
+    offered = model_sites(base.config)
+    geometry = offered.geometries["decoder"]
+    written = _geometry_of(config)
+    # PEFT counts the encoder's layers; what a shorter decoder does not read is ignored.
+    longer = seq2seq and written.num_layers > geometry.num_layers
+    check_same_geometry(replace(written, num_layers=geometry.num_layers) if longer else written, geometry, "patch")
     selfcheck.vet_model(base, backend, geometry.head_dim, compute_dtype, with_masters=False)
-    positions = admission.admit(base, geometry)
-    plan = loss_plan(base_class)
+    positions = admission.admit(base, offered)
+    plan = seq2seq_plan(base_class) if seq2seq else loss_plan(base_class)
     state = hosts.HostState.of(base, backend, fused_loss, compute_dtype, positions=positions, plan=plan)
     hosts.step_in(base, hosts.BorrowingHost, state)
     hosts.step_in(model, PeftHost, PeftState(backend), STATE)
@@ -133,6 +154,7 @@ def unpatch_peft(model: Any) -> Any:
     """`unpatch` for a PeftModel that is patched."""
     hosts.step_out(model, STATE)
     hosts.step_out(model.base_model)
+    sites.unmark(model.base_model)
     hub.leave_attention(model.base_model)
     return model
 

@@ -1,0 +1,169 @@
+"""Encoder-decoders: which attention reads which site's prefix, and how the decoder's positions move past its prefix.
+
+A trial run of three source and two target tokens tells the sites apart: modules of the encoder are "encoder"; of the
+others, those that see three keys are "cross" and those that see two are "decoder". Every attention module gets a mark
+in its `__dict__`, so that copies and pickles keep it.
+
+    "embedded"   decoder.embed_positions(..., past_key_values_length, position_ids): called with positions P further on
+    "relative"   a bias by distance, which the prefix gets too, as the P positions before the row's own:
+                 compute_bias(Tq, P, past + P)  [1, H, Tq, P]
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prefix_fast.models import families
+
+MARK = "_prefix_fast_site"
+SHIFT = "_prefix_fast_shift"
+
+
+class Site(NamedTuple):
+    """What an attention module reads: the prefix's `layer` at the site `name`.
+
+    Attributes:
+        bias: the module whose `compute_bias` gives this one's relative bias; None: its attention has none.
+    """
+
+    name: str
+    layer: int
+    bias: nn.Module | None = None
+
+
+def site_of(module: nn.Module) -> Site:
+    """The site of an attention module; of one without a mark, its decoder-only model's layer."""
+    marked = module.__dict__.get(MARK)
+    return Site("decoder", module.layer_idx) if marked is None else marked  # type: ignore[arg-type]
+
+
+def mark(model: nn.Module, calls: list[tuple[nn.Module, int]], source: int) -> dict[str, int]:
+    """Mark the attention modules in the order in which a trial run called them.
+
+    Args:
+        calls: each attention call's module and number of keys.
+        source: the encoder's number of tokens in the trial.
+
+    Returns:
+        The number of layers found at each site.
+    """
+    encoder = set(model.get_encoder().modules())  # type: ignore[operator]
+    found = dict.fromkeys(("encoder", "decoder", "cross"), 0)
+    first: dict[str, nn.Module] = {}
+    for module, keys in calls:
+        name = "encoder" if module in encoder else "cross" if keys == source else "decoder"
+        first.setdefault(name, module)
+        biased = next((m for m in (module, first[name]) if getattr(m, "has_relative_attention_bias", False)), None)
+        module.__dict__[MARK] = Site(name, found[name], biased if name != "cross" else None)
+        found[name] += 1
+    return found
+
+
+def unmark(model: nn.Module) -> None:
+    """Take every mark away, and give the decoder's position embedding its class back."""
+    for module in model.modules():
+        module.__dict__.pop(MARK, None)
+        if isinstance(module, ShiftedPositions):
+            module.__class__ = type(module)._prefix_fast_class
+            module.__dict__.pop(SHIFT, None)
+
+
+def relative_bias(site: Site, queries: int, length: int, past: Tensor | int) -> Tensor | None:
+    """The bias [1, H, Tq, P] of queries that stand `past` tokens after the end of a prefix of `length`."""
+    if site.bias is None:
+        return None
+    device = site.bias.relative_attention_bias.weight.device  # type: ignore[union-attr]
+    return site.bias.compute_bias(queries, length, device=device, past_seen_tokens=past + length)  # type: ignore[operator]
+
+
+class ShiftedPositions:
+    """What a decoder's position embedding does otherwise than its class: it counts the prefix's tokens."""
+
+    _prefix_fast_class: Any
+    _prefix_fast_parameters: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._prefix_fast_class,), self.__dict__
+
+
+@functools.cache
+def _shifted_class(cls: Any) -> Any:
+    original = cls.forward
+    names = tuple(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        shift = self.__dict__.get(SHIFT, 0)
+        if shift == 0:
+            return original(self, *args, **kwargs)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        positions = arguments.get("position_ids")
+        if positions is None:
+            arguments["past_key_values_length"] = arguments.get("past_key_values_length", 0) + shift
+        else:
+            limit = self.num_embeddings - int(getattr(self, "offset", 0)) if isinstance(self, nn.Embedding) else None
+            families.check_positions(positions + shift, limit, cls.__name__)
+            arguments["position_ids"] = positions + shift
+        return original(self, **arguments)
+
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (ShiftedPositions, cls), {**namespace, "_prefix_fast_class": cls, "forward": forward})
+
+
+def _rebuild(cls: Any) -> Any:
+    return object.__new__(_shifted_class(cls))
+
+
+def shift_decoder(model: Any, style: str) -> None:
+    """Let the decoder's position embedding be shifted.
+
+    Raises:
+        NotImplementedError: the decoder has none, or one that takes no past length.
+    """
+    if style != "embedded":
+        return
+    table = getattr(model.get_decoder(), "embed_positions", None)
+    if table is None or "past_key_values_length" not in inspect.signature(type(table).forward).parameters:
+        raise NotImplementedError(
+            f"patch: expected a decoder whose embed_positions takes past_key_values_length, got {type(model).__name__};"
+            " its positions cannot be shifted by the prefix, it cannot be patched"
+        )
+    if not isinstance(table, ShiftedPositions):
+        cls: Any = type(table)
+        table.__class__ = _shifted_class(cls)
+
+
+@contextmanager
+def shifted(model: Any, style: str, length: int) -> Any:
+    """For the time of one forward, let the decoder's positions begin at `length`.
+
+    The embedding runs once in each forward and in no layer, so that no layer's recomputation looks for it later.
+    """
+    if style != "embedded":
+        yield
+        return
+    table = model.get_decoder().embed_positions
+    before = table.__dict__.get(SHIFT, 0)
+    table.__dict__[SHIFT] = length
+    try:
+        yield
+    finally:
+        table.__dict__[SHIFT] = before
+
+
+def trial_inputs(model: Any, source: int, target: int) -> dict[str, Any]:
+    """The arguments of a forward of so many source and target tokens; `source` is the model's own where it is fixed."""
+    config, device = model.config, model.get_input_embeddings().weight.device
+    ids = torch.zeros(1, target, dtype=torch.long, device=device)
+    if model.main_input_name == "input_features":
+        frames = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device, dtype=model.dtype)
+        return {"input_features": frames, "decoder_input_ids": ids}
+    # Classifiers look for the end token, the same number of them in each row.
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    return {"input_ids": torch.full((1, source), end or 0, device=device), "decoder_input_ids": ids}
