@@ -13,13 +13,13 @@ _TOKENS = {
 }  # fmt: skip
 # The parts differ in layers and heads, so that no site can stand in for another.
 _BART = {
-    **_TOKENS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    **_TOKENS, "d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
     "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0, "init_std": 0.2,
 }  # fmt: skip
 _T5 = {
-    **_TOKENS, "d_model": 32, "d_kv": 6, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "d_ff": 48,
+    **_TOKENS, "d_model": 32, "d_kv": 6, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "d_ff": 48,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "dropout_rate": 0.0,
 }  # fmt: skip
 _CLASSES = {

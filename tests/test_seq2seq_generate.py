@@ -18,7 +18,9 @@ WAYS = {
 def tokens(model, padding="left", **arguments):
     torch.manual_seed(0)
     batch = make_seq2seq_batch(padding)
-    return model.generate(**batch.source(), max_new_tokens=9, **{"do_sample": False, **arguments})
+    # Random models repeat themselves; without that, each token is a choice.
+    options = {"max_new_tokens": 9, "min_new_tokens": 6, "no_repeat_ngram_size": 1, "do_sample": False, **arguments}
+    return model.generate(**batch.source(), **options)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -92,9 +94,8 @@ def test_encoder_outputs_given_to_generate(family):
     expected = tokens(model)
     with torch.no_grad():
         states = model.get_encoder()(**batch.source())
-    found = model.generate(
-        encoder_outputs=states, attention_mask=batch.attention_mask, max_new_tokens=9, do_sample=False
-    )
+    options = {"max_new_tokens": 9, "min_new_tokens": 6, "no_repeat_ngram_size": 1, "do_sample": False}
+    found = model.generate(encoder_outputs=states, attention_mask=batch.attention_mask, **options)
     assert torch.equal(found, expected)
 
 
