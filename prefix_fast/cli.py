@@ -194,6 +194,7 @@ def generate(
 def doctor(
     recheck: Annotated[bool, typer.Option("--recheck", help="Check Triton's configurations again.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Check every one, not only head dims 64 and 128.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Time other tiles too; keep the fastest right ones.")] = False,
     debug: _Debug = False,
 ) -> None:
     """Show the backends, why each is or is not used, and check each against the oracle on this device."""
@@ -208,7 +209,7 @@ def doctor(
         for info in dispatch.backends():
             table.add_row(info.name, info.device, "yes" if info.available else "no", escape(info.reason))
         console.print(table)
-        refused = _show_configurations(console, every, recheck)
+        refused = _show_configurations(console, every, recheck, tune)
         with console.status("Checking every available backend against float64"):
             results = check_backends()
         checks = Table("backend", "device", "passed", "not served", "failed", title="Outputs and gradients")
@@ -224,16 +225,19 @@ def doctor(
         console.print("[green]Every available backend agrees with the oracle.[/]")
 
 
-def _show_configurations(console: Any, every: bool, recheck: bool) -> bool:
+def _show_configurations(console: Any, every: bool, recheck: bool, tune: bool) -> bool:
     """The self-check of the Triton kernels; whether a kernel was wrong with its safe tile too."""
     from prefix_fast.doctor import check_configurations, configurations_reason
 
     if reason := configurations_reason():
+        if tune:
+            raise ValueError(f"doctor: expected a card to tune on, got none: {reason}; leave --tune out")
         console.print(f"Self-check of the Triton kernels: {escape(reason)}")
         return False
     with console.status("") as status:
+        doing = "Checking and timing" if tune else "Checking"
         states = check_configurations(
-            every, recheck, lambda configuration: status.update(f"Checking the Triton kernels: {configuration}")
+            every, recheck, tune, lambda configuration: status.update(f"{doing} the Triton kernels: {configuration}")
         )
     table = Table("device", "configuration", "queries×keys", "warps", "stages", "", title="Tiles of the Triton kernels")
     for state in states:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from prefix_fast import dispatch, selfcheck, testing
+from prefix_fast import dispatch, selfcheck, testing, tuning
 from prefix_fast.backends import native, triton, triton_vetting
 from prefix_fast.backends.triton_config import Tile
 from prefix_fast.backends.triton_vetting import Configuration, Verdict
@@ -58,13 +58,17 @@ def configurations_reason() -> str | None:
 
 
 def check_configurations(
-    every: bool = False, recheck: bool = False, progress: Callable[[Configuration], None] | None = None
+    every: bool = False,
+    recheck: bool = False,
+    tune: bool = False,
+    progress: Callable[[Configuration], None] | None = None,
 ) -> list[ConfigurationState]:
     """Check configurations on each device; those with a verdict on record again only if asked to.
 
     Args:
         every: all of them, not only those that most models need.
-        recheck: those with a verdict too.
+        recheck: those with a verdict too; what tuning found is forgotten with it.
+        tune: time other tiles of those that were not tuned yet, and keep the fastest that passes.
         progress: called with each configuration before its check.
     """
     wanted = selfcheck.configurations(selfcheck.all_kinds() if every else selfcheck.usual_kinds())
@@ -78,19 +82,23 @@ def check_configurations(
         environment = triton_vetting.environment_of(index)
         found = selfcheck.run(name, wanted, renew=recheck and environment not in checked, progress=progress)
         checked.add(environment)  # cards of one kind share their verdicts
+        if tune:
+            found = tuning.tune(name, wanted, progress=progress)
         states += [_state(name, index, configuration, found.get(configuration)) for configuration in wanted]
     return states
 
 
 def _state(device: str, index: int, configuration: Configuration, verdict: Verdict | None) -> ConfigurationState:
-    table, safe = triton_vetting.candidates(index, configuration)
     if verdict is None:
+        _, safe = triton_vetting.candidates(index, configuration)
         return ConfigurationState(device, str(configuration), safe, "unchecked: safe tile used", None)
-    if verdict.failure is None:
-        return ConfigurationState(device, str(configuration), table, "checked", None)
     if verdict.refused:
         return ConfigurationState(device, str(configuration), None, "failed with every tile: refused", verdict.failure)
-    return ConfigurationState(device, str(configuration), safe, "failed: safe tile used", verdict.failure)
+    if verdict.used != verdict.checked:
+        state = "checked, tuned" if verdict.failure is None else "failed: tuned tile used"
+    else:
+        state = "checked" if verdict.failure is None else "failed: safe tile used"
+    return ConfigurationState(device, str(configuration), verdict.used, state, verdict.failure)
 
 
 def check_backends() -> list[CheckResult]:

@@ -27,7 +27,7 @@ from prefix_fast.testing import Case
 
 BLOCKS = (16, 32, 64, 128, 256)  # padded head dims
 HALVES = (torch.bfloat16, torch.float16)
-_TRANSIENT = (torch.OutOfMemoryError, OSError)  # say nothing about a kernel
+TRANSIENT = (torch.OutOfMemoryError, OSError)  # say nothing about a kernel
 _vetted: set[tuple[Any, ...]] = set()  # what this process has looked into for a model
 
 
@@ -76,7 +76,7 @@ def run(
         RuntimeError: a call is being traced or captured, or a kernel left the device unusable; that is recorded too.
     """
     device = torch.device(device)
-    index = _index_of(device)
+    index = index_of(device)
     if busy(device):
         raise RuntimeError("selfcheck.run: expected no call that is being traced or captured; run it before")
     verdicts = {}
@@ -104,7 +104,7 @@ def vet(device: torch.device, backend: str, head_dim: int, dtype: torch.dtype, p
     if key in _vetted or busy(device):
         return
     _vetted.add(key)
-    index = _index_of(device)
+    index = index_of(device)
     mixed = dtype in HALVES and prefix_dtype == torch.float32
     if _chosen(backend, Facts(device.type, dtype, head_dim, ("mixed_prefix",) if mixed else (), index or 0)) != NAME:
         return
@@ -132,7 +132,8 @@ def busy(device: torch.device) -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or captured
 
 
-def _index_of(device: torch.device) -> int | None:
+def index_of(device: torch.device) -> int | None:
+    """Of a CUDA or ROCm device; None: the interpreter."""
     if device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
@@ -152,11 +153,10 @@ def _check(device: torch.device, index: int | None, configuration: Configuration
     fault = None
     try:
         for tile in dict.fromkeys(tiles):
-            with ThreadPoolExecutor(1) as pool:  # no autocast, grad mode, hook or mode of the caller reaches its thread
-                failures.append(pool.submit(_failure, device, configuration, tile).result())
-            if failures[-1] is None or (fault := _fault(device)) is not None:
+            failures.append(failure(device, configuration, tile))
+            if failures[-1] is None or (fault := fault_of(device)) is not None:
                 break
-    except _TRANSIENT:
+    except TRANSIENT:
         return None
     verdict = triton_vetting.record(index, configuration, failures[0], failures[1] if len(failures) > 1 else None)
     if fault is not None:
@@ -167,7 +167,18 @@ def _check(device: torch.device, index: int | None, configuration: Configuration
     return verdict
 
 
-def _fault(device: torch.device) -> RuntimeError | None:
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a thread of its own: no autocast, grad mode, hook or mode of the caller is there."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def failure(device: torch.device, configuration: Configuration, tile: Tile) -> str | None:
+    """Why the tile is wrong, or None. Raises one of TRANSIENT where memory or disk ran out."""
+    return alone(_failure, device, configuration, tile)
+
+
+def fault_of(device: torch.device) -> RuntimeError | None:
     """What makes every further call on the device fail, after an illegal access."""
     try:
         if device.type == "cuda":
@@ -178,17 +189,16 @@ def _fault(device: torch.device) -> RuntimeError | None:
 
 
 def _failure(device: torch.device, configuration: Configuration, tile: Tile) -> str | None:
-    """Why the tile is wrong, or None."""
     kernel, kind = configuration
     run_kernel, cases = _CHECKED[kernel]
-    with _defaults(device, kind):
+    with defaults(device, kind):
         for case in cases(tile, kind.block_d):
             problem = make_problem(case, kind, device)
             true = testing.truth(problem, testing.output_grads(problem))
             try:
                 results = run_kernel(problem, true, Trial(kernel, tile))
                 testing.compare(problem, f"{configuration} with {tuple(tile)} on {case}", results, true)
-            except _TRANSIENT:
+            except TRANSIENT:
                 raise
             except Exception as error:  # whatever a compiler or a card does wrong is what the check is there to find
                 return f"{type(error).__name__}: {error}"
@@ -214,7 +224,7 @@ def make_problem(case: Case, kind: Kind, device: torch.device | str) -> Problem:
 
 
 @contextmanager
-def _defaults(device: torch.device, kind: Kind) -> Iterator[None]:
+def defaults(device: torch.device, kind: Kind) -> Iterator[None]:
     """The settings of the process that bear on a check, for its time; random states stay as they were."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,11 +1,14 @@
 """The doctor passes where every backend agrees with the oracle, and fails loudly where one does not."""
 
+import contextlib
+
 import pytest
 import torch
 from faked_cards import fake_cards, forget
 from typer.testing import CliRunner
 
-from prefix_fast import cli, dispatch, doctor, selfcheck, speed, testing
+from prefix_fast import cli, dispatch, doctor, selfcheck, speed, testing, tuning
+from prefix_fast.backends import triton_vetting
 from prefix_fast.backends.triton_config import device_of, safe_tiles, tiles_for
 from prefix_fast.backends.triton_vetting import Configuration, Kind
 
@@ -103,6 +106,43 @@ def test_doctor_renews_verdicts_only_when_asked(card):
     card.clear()
     assert CliRunner().invoke(cli.app, ["doctor", "--recheck"]).exit_code == 0
     assert len(card) == len(states) + 1
+
+
+@pytest.fixture
+def clock(card, monkeypatch):
+    """On the faked card the first neighbour of each tile takes half the time; the tiles that are timed."""
+    timed = []
+
+    def seconds_of(device, calls):
+        timed.extend(call.args[0] for call in calls)
+        return [1.0, 1.0, 0.5, *[1.0] * (len(calls) - 3)]
+
+    monkeypatch.setattr(tuning, "_launcher", lambda *_: lambda tile: None)
+    monkeypatch.setattr(tuning.tune, "__kwdefaults__", {"progress": None, "clock": seconds_of})
+    monkeypatch.setattr(selfcheck, "defaults", lambda device, kind: contextlib.nullcontext())
+    return timed
+
+
+def test_doctor_tunes_only_when_asked_and_shows_the_tile(clock):
+    assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0 and clock == []
+    result = CliRunner().invoke(cli.app, ["doctor", "--tune"], env={"COLUMNS": "140"})
+    assert result.exit_code == 0, result.output
+    _, _, faster, *_ = triton_vetting.choices(0, Configuration("forward", KINDS[1]))
+    assert lines_of(result, "forward-D64-bf16", f"{faster.queries}×{faster.keys}", "checked, tuned")
+    assert lines_of(result, "dkv-D64-bf16", "failed: safe tile used")  # neighbours of a wrong tile are wrong here too
+    count = len(clock)
+    assert CliRunner().invoke(cli.app, ["doctor", "--tune"]).exit_code == 0 and len(clock) == count
+    assert {state.state for state in doctor.check_configurations()} >= {"checked, tuned"}
+    states = {state.state for state in doctor.check_configurations(recheck=True)}
+    assert states == {"checked", "failed: safe tile used"}
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_doctor_does_not_tune_without_a_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(cli.app, ["doctor", "--tune"])
+    assert result.exit_code == 2
+    assert "expected a card to tune on, got none: no CUDA or ROCm device here; leave --tune out" in result.output
 
 
 def test_doctor_checks_every_kind_only_when_asked(card):

@@ -13,6 +13,7 @@ from machine_code import Code, Loop, analyse
 from registry import COUNTERPARTS, PLAIN_LOOPS, UNMASKED, Call, Entry, call_named, entry_named, entry_of
 
 from prefix_fast.backends.triton_config import Device, Tile, Tiles, every_kernel, safe_tiles
+from prefix_fast.backends.triton_neighbours import SHARED_MEMORY
 from prefix_fast.backends.triton_vetting import Kind
 
 
@@ -29,13 +30,13 @@ class Limits:
 
 
 LIMITS = {
-    "sm_80": Limits(166912, 167936, 1024, 64, 32, 8),
-    "sm_86": Limits(101376, 102400, 1024, 48, 16, 8),
-    "sm_89": Limits(101376, 102400, 1024, 48, 24, 8),
-    "sm_90": Limits(232448, 233472, 1024, 64, 32, 8),
-    "sm_100": Limits(232448, 233472, 1024, 64, 32, 8),
-    "sm_120": Limits(101376, 102400, 1024, 48, 32, 8),
-    "gfx942": Limits(65536, 65536, 0, 32, 32, 4),
+    "sm_80": Limits(SHARED_MEMORY["sm_80"], 167936, 1024, 64, 32, 8),
+    "sm_86": Limits(SHARED_MEMORY["sm_86"], 102400, 1024, 48, 16, 8),
+    "sm_89": Limits(SHARED_MEMORY["sm_89"], 102400, 1024, 48, 24, 8),
+    "sm_90": Limits(SHARED_MEMORY["sm_90"], 233472, 1024, 64, 32, 8),
+    "sm_100": Limits(SHARED_MEMORY["sm_100"], 233472, 1024, 64, 32, 8),
+    "sm_120": Limits(SHARED_MEMORY["sm_120"], 102400, 1024, 48, 32, 8),
+    "gfx942": Limits(SHARED_MEMORY["gfx942"], 65536, 0, 32, 32, 4),
 }
 REGISTERS, REGISTERS_OF_LANE = 65536, 512  # 32 bit, of an NVIDIA multiprocessor; of a lane of an AMD SIMD
 TENSOR_COLUMNS = 512  # of the tensor memory of a multiprocessor of sm_100

@@ -1,5 +1,7 @@
 """Which tile a launch uses: the table's once a self-check has passed on this card, the small safe one otherwise.
 
+Where tuning has found a faster one that passed too, that one; PREFIX_FAST_TUNED=0 leaves it out.
+
 Some blocks are compiled to wrong code on some cards, and nothing but running them there shows it (triton-lang/triton
 #6124, fla-org/flash-linear-attention #640, #984). A verdict is about one configuration: a kernel, the padded head dim,
 the dtypes and the precision of products. `prefix_fast.selfcheck` finds verdicts; here they are kept, in memory and as
@@ -20,11 +22,12 @@ from typing import Any, NamedTuple
 import torch
 
 from prefix_fast.backends.triton_config import Tile, Tiles, device_of, padded, precision_of, safe_tiles, tiles_for
+from prefix_fast.backends.triton_neighbours import neighbours
 from prefix_fast.files import replace_files
 
 KERNELS = Tiles._fields
 OLDEST_CAPABILITY = (8, 0)
-_FORMAT = 1  # of the files, and of what is checked
+_FORMAT = 2  # of the files, and of what is checked
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -59,12 +62,25 @@ class Trial(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a self-check found. The safe tile is checked where the table's fails."""
+    """What a self-check found, and tuning after it. The safe tile is checked where the table's fails."""
 
     tile: Tile  # of the table
     safe_tile: Tile
     failure: str | None  # of the table's tile; None: it passed
     safe_failure: str | None = None
+    tuned: Tile | None = None  # the fastest that passed, be it one of these; None: nothing was timed
+
+    @property
+    def checked(self) -> Tile:
+        """The tile that calls use where nothing was timed."""
+        return self.tile if self.failure is None else self.safe_tile
+
+    @property
+    def used(self) -> Tile:
+        """The tile that calls use."""
+        if self.tuned is None or os.environ.get("PREFIX_FAST_TUNED") == "0":
+            return self.checked
+        return self.tuned
 
     @property
     def refused(self) -> bool:
@@ -130,14 +146,17 @@ def verdict_of(index: int | None, configuration: Configuration) -> Verdict | Non
     """What is known of a configuration's present tiles, from memory or disk; None: it is unchecked."""
     key = (environment_of(index), configuration)
     if key not in _verdicts:
-        _verdicts[key] = _read(*key, *candidates(index, configuration))
+        _verdicts[key] = _read(*key, choices(index, configuration))
     return _verdicts[key]
 
 
-def record(index: int | None, configuration: Configuration, failure: str | None, safe_failure: str | None) -> Verdict:
-    """Keep what a self-check found, in memory and on disk; every process writes a file of its own and renames it."""
+def record(
+    index: int | None, configuration: Configuration, failure: str | None, safe_failure: str | None,
+    tuned: Tile | None = None,
+) -> Verdict:  # fmt: skip
+    """Keep what was found, in memory and on disk; every process writes a file of its own and renames it."""
     environment = environment_of(index)
-    verdict = Verdict(*candidates(index, configuration), failure, safe_failure)
+    verdict = Verdict(*candidates(index, configuration), failure, safe_failure, tuned)
     _verdicts[environment, configuration] = verdict
     _tiles.clear()
     _refusals.clear()
@@ -185,9 +204,11 @@ def _choose_tiles(index: int | None, kind: Kind) -> Tiles:
         configuration = Configuration(kernel, kind)
         verdict = verdict_of(index, configuration)
         table, safe = candidates(index, configuration)
-        trusted = index is None if verdict is None else verdict.failure is None  # the interpreter compiles nothing
-        chosen[kernel] = table if trusted else safe
-        if verdict is not None and verdict.failure is not None:
+        if verdict is None:
+            chosen[kernel] = table if index is None else safe  # the interpreter compiles nothing
+            continue
+        chosen[kernel] = verdict.used
+        if verdict.failure is not None and verdict.used == safe:
             _warn_of_failure(environment_of(index), configuration, verdict)
     _tiles[index, kind] = Tiles(**chosen)
     return _tiles[index, kind]
@@ -210,6 +231,14 @@ def candidates(index: int | None, configuration: Configuration) -> tuple[Tile, T
     return getattr(table, kernel), getattr(safe_tiles(kind.block_d), kernel)
 
 
+def choices(index: int | None, configuration: Configuration) -> tuple[Tile, ...]:
+    """What tuning chooses from: the table's tile, the safe one, and the table's neighbours."""
+    table, safe = candidates(index, configuration)
+    kernel, kind = configuration
+    near = neighbours(device_of(index), kernel, table, kind.block_d, kind.dtype.itemsize, kind.mixed)
+    return table, safe, *(tile for tile in near if tile != safe)
+
+
 def _file(environment: Environment, configuration: Configuration) -> Path:
     folder = hashlib.sha256(json.dumps(environment).encode()).hexdigest()[:16]
     return cache_folder() / "selfcheck" / folder / f"{configuration}.json"
@@ -217,18 +246,20 @@ def _file(environment: Environment, configuration: Configuration) -> Path:
 
 def _entry(environment: Environment, configuration: Configuration, verdict: Verdict) -> dict[str, Any]:
     tiles = {"tile": list(verdict.tile), "safe_tile": list(verdict.safe_tile)}
-    found = {"failure": verdict.failure, "safe_failure": verdict.safe_failure}
+    tuned = None if verdict.tuned is None else list(verdict.tuned)
+    found = {"failure": verdict.failure, "safe_failure": verdict.safe_failure, "tuned": tuned}
     return {"environment": environment._asdict(), "configuration": str(configuration), **tiles, **found}
 
 
-def _read(environment: Environment, configuration: Configuration, tile: Tile, safe_tile: Tile) -> Verdict | None:
+def _read(environment: Environment, configuration: Configuration, tiles: tuple[Tile, ...]) -> Verdict | None:
     """The verdict on disk; None where there is none, or the file is damaged or about something else."""
     try:
         entry = json.loads(_file(environment, configuration).read_bytes())
-        verdict = Verdict(tile, safe_tile, entry["failure"], entry["safe_failure"])
+        tuned = None if entry["tuned"] is None else tiles[tiles.index(tuple(entry["tuned"]))]
+        verdict = Verdict(tiles[0], tiles[1], entry["failure"], entry["safe_failure"], tuned)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: no home folder, deep nesting
         return None
-    texts = all(found is None or isinstance(found, str) for found in verdict[2:])
+    texts = all(found is None or isinstance(found, str) for found in (verdict.failure, verdict.safe_failure))
     return verdict if texts and entry == _entry(environment, configuration, verdict) else None
 
 
