@@ -8,11 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/problem.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace py = pybind11;
 using prefix_fast::DType;
@@ -207,6 +204,10 @@ void read_dropout(py::handle source, Problem& p) {
 
 // Views hold pointers into the problem's own vectors, so it is filled in place and never copied.
 void read_problem(py::handle source, int threads, Problem& p) {
+    if (threads < 1) {
+        throw std::invalid_argument("cpu backend: expected at least one thread, got " +
+                                    std::to_string(threads) + "; torch.set_num_threads sets their number");
+    }
     const Names& n = names();
     const TensorInfo query = describe(get(source, n.query)), key = describe(get(source, n.key));
     p.query_start = optional_ints(get(source, n.cu_seqlens_q));
@@ -300,4 +301,6 @@ PYBIND11_MODULE(PREFIX_FAST_MODULE, m) {
     m.def("backward", &run_backward);
     m.def("supported_isas", &supported_isas);
     m.def("has_openmp", &has_openmp);
+    m.def("scratch_bytes", [] { return prefix_fast::scratch_use().bytes.load(); });
+    m.def("scratch_allocations", [] { return prefix_fast::scratch_use().allocations.load(); });
 }

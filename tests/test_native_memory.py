@@ -1,8 +1,5 @@
 """What the C++ kernels read and write: strides, poison beyond what is valid, wanted gradients alone, huge offsets."""
 
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import pytest
@@ -149,23 +146,3 @@ def test_offsets_beyond_two_to_the_31_elements(isa, tmp_path):
         file = torch.from_file(str(tmp_path / name), shared=True, size=apart + tensor[0].numel(), dtype=torch.float32)
         spread[name] = file.as_strided(tensor.shape, (apart, *tensor[0].contiguous().stride())).copy_(tensor)
     assert_same_bits(run(with_float_tensors(problem, spread)), run(problem))
-
-
-def test_a_forked_process_with_one_thread_works():
-    """As in a DataLoader's worker: the thread pool of the parent does not exist in the child."""
-    program = """
-        import os, torch, warnings
-        from prefix_fast import prefix_attention
-        query = torch.randn(4, 8, 70, 32)
-        prefix = torch.randn(1, 8, 20, 32)
-        torch.set_num_threads(2)
-        expected = prefix_attention(query, query, query, prefix, prefix, backend="cpu")
-        warnings.simplefilter("ignore")
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            out = prefix_attention(query, query, query, prefix, prefix, backend="cpu")
-            os._exit(0 if torch.equal(out, expected) else 3)
-        assert os.waitpid(child, 0)[1] == 0
-    """
-    subprocess.run([sys.executable, "-I", "-c", textwrap.dedent(program)], check=True, timeout=120)

@@ -258,7 +258,7 @@ void backward(const Problem& p, const Saved& saved, const Grads& grads) {
                 write_segment(p, plan.sets[s], grad.value, false, n, hk, set.length[n], set.extent[n]);
         });
     }
-    trim_scratch();
+    trim_sums();
 }
 
 }  // namespace prefix_fast

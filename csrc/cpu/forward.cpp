@@ -269,7 +269,7 @@ void forward(const Problem& p, const TokenView& out, const TokenView& lse) {
             });
         }
     });
-    trim_scratch();
+    trim_sums();
 }
 
 }  // namespace prefix_fast

@@ -2,18 +2,33 @@
 // and data alone, every output has one writer, and sums over tasks are taken in task order.
 #pragma once
 
+#include <pthread.h>
+
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
 #include <new>
+#include <thread>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 namespace prefix_fast {
+
+// Of the buffers of all threads: bytes that they hold now, and how often one has asked for memory.
+struct ScratchUse {
+    std::atomic<int64_t> bytes{0}, allocations{0};
+};
+
+inline ScratchUse& scratch_use() {
+    static ScratchUse use;
+    return use;
+}
 
 // A growing, 64-byte aligned buffer of floats that keeps its memory between calls: fresh pages cost more than
 // a small kernel does.
@@ -22,7 +37,7 @@ class Buffer {
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { release(); }
 
     float* floats(int64_t count) {
         if (count > capacity_) {
@@ -31,17 +46,25 @@ class Buffer {
             data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(rounded) * sizeof(float)));
             if (data_ == nullptr) throw std::bad_alloc();
             capacity_ = rounded;
+            scratch_use().bytes += bytes();
+            ++scratch_use().allocations;
         }
         return data_;
     }
+    // Give the memory back if it is more than that many floats.
+    void trim(int64_t kept) {
+        if (capacity_ > kept) release();
+    }
+
+  private:
+    int64_t bytes() const { return capacity_ * static_cast<int64_t>(sizeof(float)); }
     void release() {
         std::free(data_);
+        scratch_use().bytes -= bytes();
         data_ = nullptr;
         capacity_ = 0;
     }
-    int64_t capacity() const { return capacity_; }
 
-  private:
     float* data_ = nullptr;
     int64_t capacity_ = 0;
 };
@@ -72,8 +95,10 @@ enum Slot {
 
 using Scratch = std::array<Buffer, kSlots>;
 
-// What the partial sums of a call may keep afterwards; larger ones go back to the system.
-constexpr int64_t kKeptFloats = int64_t{64} << 20;
+// What a buffer may keep, in floats: the partial sums of a call, and every other. Larger ones go back to the
+// system when the call, or the thread's part of it, ends.
+constexpr int64_t kKeptSums = int64_t{64} << 20;
+constexpr int64_t kKeptOthers = int64_t{8} << 20;
 
 inline Scratch& scratch() {
     static thread_local Scratch buffers;
@@ -81,36 +106,68 @@ inline Scratch& scratch() {
 }
 
 // To be called at the end of a call, by the thread that made it.
-inline void trim_scratch() {
-    Buffer& sums = scratch()[kCallSums];
-    if (sums.capacity() > kKeptFloats) sums.release();
+inline void trim_sums() {
+    scratch()[kCallSums].trim(kKeptSums);
+}
+
+inline void trim_others() {
+    for (int slot = 0; slot < kCallSums; ++slot) scratch()[slot].trim(kKeptOthers);
+}
+
+// Whether this thread has come through a fork. An OpenMP runtime may keep a pool for it whose threads exist
+// in the parent alone, and would wait for them forever.
+inline bool& came_through_fork() {
+    static thread_local bool forked = false;
+    return forked;
+}
+inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { came_through_fork() = true; });
+
+inline bool can_start_team() {
+#if defined(_OPENMP)
+    return !omp_in_parallel();
+#else
+    return false;
+#endif
+}
+
+// body() on `team` threads at once, one of them this.
+template <class Body>
+void run_team(int team, const Body& body) {
+#if defined(__SANITIZE_THREAD__)  // which cannot see the barriers of an OpenMP runtime
+    std::vector<std::thread> others;
+    for (int i = 1; i < team; ++i) others.emplace_back(body);
+    body();
+    for (std::thread& other : others) other.join();
+#else
+#pragma omp parallel num_threads(team)
+    body();
+#endif
 }
 
 // task(0), ..., task(count - 1) in any order on up to `threads` threads; the first exception is rethrown
-// here. One thread means no parallel region at all, which keeps forked workers away from a thread pool that
-// they do not have.
+// here. One thread means no parallel region at all.
 template <class Task>
 void parallel_for(int threads, int64_t count, const Task& task) {
-#if defined(_OPENMP)
-    if (threads > 1 && count > 1 && !omp_in_parallel()) {
-        std::exception_ptr failure;
-        std::atomic<bool> failed{false};
-        const int team = count < threads ? static_cast<int>(count) : threads;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-        for (int64_t i = 0; i < count; ++i) {
-            if (failed.load(std::memory_order_relaxed)) continue;
-            try {
-                task(i);
-            } catch (...) {
-                if (!failed.exchange(true)) failure = std::current_exception();
-            }
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;
+    const auto work = [&] {
+        try {
+            for (int64_t i = next++; i < count && !failed; i = next++) task(i);
+        } catch (...) {
+            if (!failed.exchange(true)) failure = std::current_exception();
         }
-        if (failure) std::rethrow_exception(failure);
-        return;
+        trim_others();
+    };
+    const int team = static_cast<int>(std::min<int64_t>(threads, count));
+    if (team <= 1 || !can_start_team()) {
+        work();
+    } else if (came_through_fork()) {
+        std::thread([&] { run_team(team, work); }).join();  // a new thread has no pool yet
+    } else {
+        run_team(team, work);
     }
-#endif
-    (void)threads;
-    for (int64_t i = 0; i < count; ++i) task(i);
+    if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace prefix_fast
