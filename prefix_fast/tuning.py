@@ -87,6 +87,7 @@ def tune(
     """
     device = torch.device(device)
     index = selfcheck.index_of(device)
+    device = device if index is None else torch.device(device.type, index)  # each thread has a current device
     verdicts = {}
     for configuration in wanted:
         verdict = selfcheck.run(device, [configuration], progress=progress).get(configuration)

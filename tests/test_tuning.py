@@ -253,6 +253,14 @@ tuning.tune("cuda:0", [DKV], clock=lambda *_: os._exit(9))
     assert set(bench.timed) == set(triton_vetting.choices(0, NEXT))
 
 
+def test_the_callers_current_device_is_tuned(bench, monkeypatch):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "_launcher", lambda device, *_: devices.append(device))
+    tuning.tune("cuda", [DKV], clock=bench.clock)
+    assert set(devices) == {torch.device("cuda", 0)}
+
+
 def test_nothing_is_tuned_in_a_traced_or_captured_call(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="traced or captured"):
