@@ -165,3 +165,15 @@ def _reference_attention(
         scores = scores + torch.nn.functional.pad(mask, (length, 0))
     weights = torch.nn.functional.dropout(scores.softmax(-1), dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def make_whisper(**changes: Any) -> Any:
+    """A speech model of 7 encoder positions (14 frames of 5 mel bins) in evaluation mode."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {name: value for name, value in _BART.items() if name not in ("max_position_embeddings",)}
+    sizes |= {"max_source_positions": 7, "max_target_positions": 24, "num_mel_bins": 5, "suppress_tokens": None}
+    torch.manual_seed(0)
+    return WhisperForConditionalGeneration(
+        WhisperConfig(**{**sizes, "begin_suppress_tokens": None, "max_length": None, **changes})
+    ).eval()

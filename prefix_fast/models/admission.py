@@ -169,6 +169,13 @@ def _run_trial(model: Any, offered: ModelSites, positions: str) -> None:
             f"patch: expected a forward that hands keywords and masks down to the attention as they are, got {name},"
             f" which does not: {error}; it cannot be patched"
         ) from error
+    except IndexError as error:
+        if not offered.is_encoder_decoder:
+            raise
+        raise NotImplementedError(
+            f"patch: expected a model that takes target tokens of another number than its source tokens, got {name}, as"
+            " classifiers of sequences are; they cannot be patched, patch the model inside"
+        ) from error
     finally:
         for module in training:
             module.training = True
