@@ -1,6 +1,6 @@
 """What the tests of the C++ kernels share: instruction sets, calls below the operator, poisoned results."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -18,24 +18,45 @@ ISAS = [
 ]
 
 
-def run(problem: Problem, wanted: Iterable[str] | None = None, *, gradients: bool = True) -> dict[str, Tensor]:
-    """out, lse and `grad.<name>` of the wanted tensors (None: of all), from kernels that write into NaN."""
-    out = torch.full_like(problem.query, torch.nan)
-    lse = torch.full(problem.query.shape[:-1], torch.nan)
+def in_place(tensor: Tensor) -> Tensor:
+    """Where a test does not say otherwise, results lie where PyTorch puts them."""
+    return tensor
+
+
+def run(
+    problem: Problem,
+    wanted: Iterable[str] | None = None,
+    *,
+    gradients: bool = True,
+    place: Callable[[Tensor], Tensor] = in_place,
+) -> dict[str, Tensor]:
+    """out, lse and `grad.<name>` of the wanted tensors (None: of all), from kernels that write into NaN.
+
+    `place` copies what a call reads and writes beside the problem's tensors to where the test wants it.
+    """
+    out = place(torch.full_like(problem.query, torch.nan))
+    lse = place(torch.full(problem.query.shape[:-1], torch.nan))
     native.forward(problem, out, lse)
     results = {"out": out, "lse": lse}
-    return results | differentiate(problem, out, lse, wanted) if gradients else results
+    return results | differentiate(problem, out, lse, wanted, place) if gradients else results
 
 
-def differentiate(problem: Problem, out: Tensor, lse: Tensor, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
+def differentiate(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    wanted: Iterable[str] | None = None,
+    place: Callable[[Tensor], Tensor] = in_place,
+) -> dict[str, Tensor]:
     """The wanted gradients alone, for given results of the forward."""
     tensors = float_tensors(problem)
     names = set(tensors if wanted is None else wanted)
     filled = {
-        name: torch.full(t.shape, torch.nan, dtype=t.dtype) if name in names else None for name, t in tensors.items()
+        name: place(torch.full(t.shape, torch.nan, dtype=t.dtype)) if name in names else None
+        for name, t in tensors.items()
     }
     of_sets = tuple((filled[f"segment{i}.key"], filled[f"segment{i}.value"]) for i in range(len(problem.sets)))
-    grad_out, grad_lse = output_grads(problem)
+    grad_out, grad_lse = (place(grad) for grad in output_grads(problem))
     grads = Grads(filled["query"], filled["key"], filled["value"], of_sets)
     native.backward(problem, out, lse, grad_out, grad_lse, grads)
     return {f"grad.{name}": tensor for name, tensor in filled.items() if tensor is not None}
