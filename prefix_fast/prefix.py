@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from prefix_fast import checkpoint
+from prefix_fast import checkpoint, original
 from prefix_fast.files import find_folder
 from prefix_fast.functional import prefix_attention
 from prefix_fast.geometry import (
@@ -188,6 +188,32 @@ class Prefix(nn.Module):
         config = PrefixConfig(num_virtual_tokens=keys.shape[2], prefix_projection=False)
         geometry = Geometry(keys.shape[0], keys.shape[1], keys.shape[3])
         return cls(config, geometry, start={"decoder": (keys, values)})
+
+    @classmethod
+    def from_original(cls, state_dict: Mapping[str, Tensor], model_config: Any) -> "Prefix":
+        """A reparametrised prefix with the weights of the original Prefix-Tuning code, for GPT-2 or BART.
+
+        Args:
+            state_dict: its names and tensors, as `torch.load(file, weights_only=True)` gives them; see `original`.
+            model_config: as of Prefix.
+
+        Raises:
+            ValueError: names, or shapes for another model. NotImplementedError: its deeper MLP; as Prefix.
+        """
+        config, parameters = original.read(state_dict)
+        prefix = cls(config, model_config)
+        for name, tensor in prefix.state_dict().items():
+            if parameters[name].shape != tensor.shape:
+                raise ValueError(
+                    f"Prefix.from_original: expected {name!r} of shape {tuple(tensor.shape)} for this model, got"
+                    f" {tuple(parameters[name].shape)}; use the model that the prefix was trained for"
+                )
+        prefix.load_state_dict(parameters)
+        return prefix
+
+    def original_state_dict(self) -> dict[str, Tensor]:
+        """The parameters under the names of the original code; undoes from_original. See original.written."""
+        return original.written(self.state_dict())
 
     def save_pretrained(self, save_directory: str | PathLike[str], *, format: str = "auto") -> None:
         """Write the folded prefix, as PEFT's own files where PEFT can express it; see checkpoint.save.

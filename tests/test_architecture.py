@@ -30,6 +30,7 @@ LAYERS = (
     ("prefix_fast.selfcheck",),
     ("prefix_fast.tuning",),
     ("prefix_fast.parametrisation", "prefix_fast.initialisation", "prefix_fast.checkpoint"),
+    ("prefix_fast.original",),
     ("prefix_fast.prefix",),
     ("prefix_fast.models",),
     ("prefix_fast.patching",),
