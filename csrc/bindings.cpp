@@ -268,6 +268,25 @@ void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle
     prefix_fast::backward(p, saved, g);
 }
 
+// For each phase of "forward" or "backward" (of everything), the multiply-adds of its items in the order in
+// which threads take them.
+py::list partition(py::handle problem, const std::string& pass) {
+    Problem p;
+    read_problem(problem, 1, p);
+    const bool is_forward = pass == "forward";
+    if (!is_forward && pass != "backward") {
+        throw py::value_error("partition: expected forward or backward, got " + pass);
+    }
+    py::list phases;
+    for (const std::vector<int64_t>& phase :
+         is_forward ? prefix_fast::forward_partition(p) : prefix_fast::backward_partition(p)) {
+        py::list costs;
+        for (int64_t cost : phase) costs.append(cost);
+        phases.append(costs);
+    }
+    return phases;
+}
+
 // Names of the instruction sets that this CPU and its operating system run.
 py::list supported_isas() {
     py::list isas;
@@ -299,6 +318,7 @@ PYBIND11_MODULE(PREFIX_FAST_MODULE, m) {
     m.doc() = "Prefix attention on the CPU, compiled for one instruction set.";
     m.def("forward", &run_forward);
     m.def("backward", &run_backward);
+    m.def("partition", &partition);
     m.def("supported_isas", &supported_isas);
     m.def("has_openmp", &has_openmp);
     m.def("scratch_bytes", [] { return prefix_fast::scratch_use().bytes.load(); });

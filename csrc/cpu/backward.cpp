@@ -1,123 +1,164 @@
 // Backward: gradients of queries, own keys and values, and of every segment's keys and values.
 //
-// A task is one key/value head of a chunk of rows: it walks their blocks of 64 queries (differentiate.h),
-// writes dq and the own gradients, and sums its part of every segment that the chunk reads in float32. Chunks
-// are cut by shapes alone and their parts are added in order, so the bits do not depend on threads. A chunk
-// that is a segment's only reader sums in the gradient itself. At most kMaximumChunks parts of a segment
-// exist: the extra memory is at most that many float32 copies of the wanted segment gradients.
+// Because lse is final, a query's gradient is the sum of its parts against each segment and against its row's
+// own keys, in any order that is always the same. Sets whose rows fold (backward_plan.h) are served
+// segment-major, 64 lanes of any of their readers at a time, and leave a float32 part of dq; the row-major
+// phase adds those to its own part, in the order of the sets. Every sum over chunks is taken in their order:
+// the bits do not depend on threads.
+#include "backward_plan.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "differentiate.h"
+#include "folding.h"
 #include "parallel.h"
 #include "problem.h"
 
 namespace prefix_fast {
 namespace {
 
-constexpr int64_t kMaximumChunks = 16;
-constexpr int64_t kChunkQueries = 512;  // lanes over which a part's traffic is small beside the arithmetic
-
-// One chunk's part of one segment's gradient: [Hkv][length][D].
-struct Part {
-    int64_t chunk, segment, length;
-    Sum key, value;                // of key/value head 0
-    int64_t key_head, value_head;  // floats from head to head
-    bool key_in_place, value_in_place;
+// A chunk of keys of a segment against a chunk of its readers' lanes.
+struct SegmentItem {
+    const FoldedGrads* folded;
+    int64_t segment, kv_head, first_lane, last_lane, chunk, part, cost;
 };
 
-struct SetPlan {
-    std::vector<int64_t> part_of;               // [chunks * N], -1: the chunk does not read the segment
-    std::vector<Part> parts;                    // ascending by chunk
-    std::vector<std::vector<int64_t>> readers;  // [N] parts of the segment, ascending by chunk
+struct RowItem {
+    const RowChunk* chunk;
+    int64_t index, kv_head, cost;
 };
 
-struct Plan {
-    int64_t rows_per_chunk = 1, chunks = 0;
-    std::vector<SetPlan> sets;
+// Positions [first, last) of one gradient, under one head.
+struct SumItem {
+    const Unit* unit;
+    int64_t kv_head, first, last, cost;
 };
 
-// Sums may go straight to a float32 gradient whose rows are whole vectors.
-bool sums_in_place(const TokenView& grad, int64_t head_dim) {
-    return grad && grad.dtype == DType::kFloat32 && head_dim % kGroup == 0;
-}
+constexpr int64_t kProducts = 5;
 
-void list_parts(const Problem& p, int index, Plan& plan) {
-    const SegmentSet& set = p.sets[index];
-    SetPlan& s = plan.sets[index];
-    const int64_t segments = static_cast<int64_t>(set.length.size());
-    s.part_of.assign(plan.chunks * segments, -1);
-    s.readers.resize(segments);
-    for (int64_t b = 0; b < p.rows; ++b) {
-        const int64_t n = set.ids[b], chunk = b / plan.rows_per_chunk;
-        if (n < 0 || s.part_of[chunk * segments + n] >= 0) continue;
-        s.part_of[chunk * segments + n] = static_cast<int64_t>(s.parts.size());
-        s.readers[n].push_back(static_cast<int64_t>(s.parts.size()));
-        s.parts.push_back({chunk, n, set.length[n], {}, {}, 0, 0, false, false});
-    }
-}
-
-// Place one side (keys or values) of a part: in the gradient, or `memory` floats into the scratch of the
-// call.
-int64_t place(const Problem& p, const TokenView& grad, int64_t segment, int64_t length, bool alone,
-              int64_t memory, Sum& sum, int64_t& head, bool& in_place) {
-    if (!grad) return memory;
-    in_place = alone && sums_in_place(grad, p.head_dim);
-    if (in_place) {
-        sum = {reinterpret_cast<float*>(grad.at(segment, 0, 0)), grad.token / 4, 0};
-        head = grad.head / 4;
-        return memory;
-    }
-    sum.stride = round_up(p.head_dim, kGroup);
-    head = length * sum.stride;
-    return memory + p.kv_heads * head;
-}
-
-Plan make_plan(const Problem& p, const Grads& grads) {
-    Plan plan;
-    const int64_t lanes = std::max<int64_t>(p.query_bound * p.group(), 1);
-    plan.rows_per_chunk =
-        std::max((kChunkQueries + lanes - 1) / lanes, (p.rows + kMaximumChunks - 1) / kMaximumChunks);
-    plan.chunks = (p.rows + plan.rows_per_chunk - 1) / plan.rows_per_chunk;
-    plan.sets.resize(p.sets.size());
-    std::vector<std::pair<Sum*, int64_t>> pending;
-    int64_t memory = 0;
-    for (int s = 0; s < static_cast<int>(p.sets.size()); ++s) {
-        const SegmentGrads& target = grads.sets[s];
-        if (!target.key && !target.value) continue;
-        list_parts(p, s, plan);
-        for (Part& part : plan.sets[s].parts) {
-            const int64_t length = p.sets[s].length[part.segment];
-            const bool alone = plan.sets[s].readers[part.segment].size() == 1;
-            const int64_t key_at = memory;
-            memory = place(p, target.key, part.segment, length, alone, memory, part.key, part.key_head,
-                           part.key_in_place);
-            if (target.key && !part.key_in_place) pending.push_back({&part.key, key_at});
-            const int64_t value_at = memory;
-            memory = place(p, target.value, part.segment, length, alone, memory, part.value, part.value_head,
-                           part.value_in_place);
-            if (target.value && !part.value_in_place) pending.push_back({&part.value, value_at});
+std::vector<SegmentItem> segment_items(const Problem& p, const BackwardPlan& plan) {
+    std::vector<SegmentItem> items;
+    for (const FoldedGrads& folded : plan.folded) {
+        const SegmentSet& set = p.sets[folded.set];
+        for (int64_t n = 0; n < set.count(); ++n) {
+            const int64_t lanes = lanes_of(p, folded.readers, n);
+            for (int64_t hk = 0; hk < p.kv_heads; ++hk) {
+                for (int64_t c = 0; c * folded.chunk < set.length[n]; ++c) {
+                    const int64_t keys = std::min(folded.chunk, set.length[n] - c * folded.chunk);
+                    int64_t part = folded.first_part[n];
+                    for (int64_t first = 0; first < lanes; first += plan.lane_chunk, ++part) {
+                        const int64_t last = std::min(first + plan.lane_chunk, lanes);
+                        const int64_t cost = kProducts * product_cost(p, last - first, keys);
+                        items.push_back({&folded, n, hk, first, last, c, part, cost});
+                    }
+                }
+            }
         }
     }
-    float* base = memory == 0 ? nullptr : scratch()[kCallSums].floats(memory);
-    for (auto& [sum, at] : pending) sum->data = base + at;
-    return plan;
+    costliest_first(items);
+    return items;
 }
 
-Sum at_head(Sum sum, int64_t head_stride, int64_t kv_head) {
-    if (sum.data != nullptr) sum.data += kv_head * head_stride;
-    return sum;
+int64_t row_cost(const Problem& p, const BackwardPlan& plan, const RowChunk& chunk) {
+    int64_t products = 0;
+    for (int64_t b = chunk.row; b < chunk.end; ++b) {
+        int64_t shared = 0;
+        for (const WalkedSet& walked : plan.walked) {
+            const SegmentSet& set = p.sets[walked.set];
+            if (set.ids[b] >= 0) shared += set.length[set.ids[b]];
+        }
+        const int64_t end = chunk.split() ? chunk.last_lane : p.queries_of(b) * p.group();
+        for (int64_t first = chunk.first_lane; first < end; first += kLanes) {
+            const int64_t last = std::min(first + kLanes, end);
+            products += product_cost(p, last - first, shared + own_visible(p, b, ceil_div(last, p.group())));
+        }
+    }
+    return kProducts * products;
 }
 
-// The sums of row b's part of a set, all written before; or nothing when no gradient of the set is wanted.
-RunSums set_sums(const Plan& plan, int set, int64_t segment, int64_t segments, int64_t b, int64_t kv_head) {
-    const SetPlan& s = plan.sets[set];
-    if (s.part_of.empty()) return {};
-    const Part& part = s.parts[s.part_of[b / plan.rows_per_chunk * segments + segment]];
-    RunSums sums{at_head(part.key, part.key_head, kv_head), at_head(part.value, part.value_head, kv_head)};
-    sums.key.written = sums.value.written = part.length;
-    return sums;
+// Head slowest: chunks that read one head's segments follow each other.
+std::vector<RowItem> row_items(const Problem& p, const BackwardPlan& plan) {
+    std::vector<RowItem> items;
+    std::vector<int64_t> costs;
+    for (const RowChunk& chunk : plan.chunks) costs.push_back(row_cost(p, plan, chunk));
+    for (int64_t hk = 0; hk < p.kv_heads; ++hk) {
+        for (size_t c = 0; c < plan.chunks.size(); ++c)
+            items.push_back({&plan.chunks[c], static_cast<int64_t>(c), hk, costs[c]});
+    }
+    costliest_first(items);
+    return items;
+}
+
+// Whether the only part of the unit is already its gradient.
+bool is_summed(const BackwardPlan& plan, const Unit& unit) {
+    if (unit.last_part - unit.first_part != 1) return false;
+    const Part& part = plan.parts[unit.first_part];
+    return (!unit.grads.key || part.key_in_place) && (!unit.grads.value || part.value_in_place);
+}
+
+std::vector<SumItem> sum_items(const Problem& p, const BackwardPlan& plan) {
+    std::vector<SumItem> items;
+    for (const Unit& unit : plan.units) {
+        const int64_t done = is_summed(plan, unit) ? unit.length : 0;
+        const int64_t adds = 2 * (unit.last_part - unit.first_part + 1) * p.head_dim;
+        for (int64_t hk = 0; hk < p.kv_heads; ++hk) {
+            for (int64_t first = done; first < unit.extent; first += kSumRows) {
+                const int64_t last = std::min(first + kSumRows, unit.extent);
+                items.push_back({&unit, hk, first, last, (last - first) * adds});
+            }
+        }
+    }
+    return items;
+}
+
+template <class Arithmetic>
+void differentiate_block(const Problem& p, const Saved& saved, const Grads& grads, const SegmentItem& item,
+                         const LaneBlock& block, const KeyRun& run, RunSums& sums) {
+    BlockState state;
+    load_block<Arithmetic>(p, block, saved, sums.key.data != nullptr, static_cast<bool>(grads.query), state);
+    differentiate<Arithmetic>(p, block, state, run, sums);
+    if (!grads.query) return;
+    const int64_t stride = row_stride(p.head_dim);
+    float* rows = scratch()[kOutRows].floats(kLanes * stride);
+    lanes_to_rows(state.query_grad, block.groups, p.head_dim, rows);
+    for (int lane = 0; lane < block.lanes; ++lane) {
+        const int64_t at = partial_index(p, item.chunk, block.row[lane], block.head[lane], block.query[lane]);
+        std::copy_n(rows + lane * stride, p.head_dim, item.folded->query_grad + at * p.head_dim);
+    }
+}
+
+void run_segment(const Problem& p, const BackwardPlan& plan, const Saved& saved, const Grads& grads,
+                 const SegmentItem& item) {
+    KeyRun run = segment_run(p, item.folded->set, item.segment, item.kv_head);
+    run.first = item.chunk * item.folded->chunk;
+    run.last = std::min(run.first + item.folded->chunk, run.last);
+    RunSums sums = plan.parts[item.part].at(item.kv_head);
+    sums.key.written = sums.value.written = run.first;
+    for (int64_t first = item.first_lane; first < item.last_lane; first += kLanes) {
+        const LaneBlock block = reader_block(p, item.folded->readers, item.segment, item.kv_head, first,
+                                             std::min(first + kLanes, item.last_lane));
+        with_arithmetic(p, [&](auto arithmetic) {
+            differentiate_block<decltype(arithmetic)>(p, saved, grads, item, block, run, sums);
+        });
+    }
+}
+
+// rows[lane] += the parts of dq that the segments of folded sets left.
+void add_query_parts(const Problem& p, const BackwardPlan& plan, const LaneBlock& block, float* rows) {
+    for (int lane = 0; lane < block.lanes; ++lane) {
+        float* row = rows + lane * row_stride(p.head_dim);
+        for (const FoldedGrads& folded : plan.folded) {
+            const SegmentSet& set = p.sets[folded.set];
+            const int64_t n = set.ids[block.row[lane]];
+            for (int64_t c = 0; n >= 0 && c * folded.chunk < set.length[n]; ++c) {
+                const int64_t at = partial_index(p, c, block.row[lane], block.head[lane], block.query[lane]);
+                const float* part = folded.query_grad + at * p.head_dim;
+                for (int64_t d = 0; d < p.head_dim; ++d) row[d] += part[d];
+            }
+        }
+    }
 }
 
 // Where the gradient of row b's own keys (or values) is summed: in place if it can be, else in scratch.
@@ -140,11 +181,12 @@ void write_own(const Problem& p, const TokenView& grad, int64_t b, int64_t kv_he
     }
 }
 
-// Whether anything at all is wanted of row b.
-bool row_matters(const Problem& p, const Plan& plan, const Grads& grads, int64_t b) {
+// Whether anything at all is wanted of row b in the row-major phase.
+bool row_matters(const Problem& p, const BackwardPlan& plan, const Grads& grads, int64_t b) {
     if (grads.query || grads.key || grads.value) return true;
-    for (size_t s = 0; s < p.sets.size(); ++s) {
-        if (!plan.sets[s].part_of.empty() && p.sets[s].ids[b] >= 0) return true;
+    for (const WalkedSet& walked : plan.walked) {
+        const SegmentGrads& wanted = grads.sets[walked.set];
+        if ((wanted.key || wanted.value) && p.sets[walked.set].ids[b] >= 0) return true;
     }
     return false;
 }
@@ -160,104 +202,123 @@ void prefetch_next(const Problem& p, const Saved& saved, int64_t b, int64_t kv_h
     }
 }
 
+// A segment, or the own keys, as row b reads it, and where its gradients are summed.
+struct RowRun {
+    KeyRun run;
+    RunSums sums;
+};
+
+// In the order of the sets; the own keys last. The first reader of a chunk assigns, the others add.
+std::vector<RowRun> row_runs(const Problem& p, const BackwardPlan& plan, const Grads& grads,
+                             const RowItem& item, int64_t b) {
+    std::vector<RowRun> runs;
+    for (const WalkedSet& walked : plan.walked) {
+        const SegmentSet& set = p.sets[walked.set];
+        const int64_t n = set.ids[b];
+        if (n < 0 || p.queries_of(b) == 0) continue;
+        RowRun row{segment_run(p, walked.set, n, item.kv_head), {}};
+        row.sums = plan.parts[walked.part_of[item.index * set.count() + n]].at(item.kv_head);
+        row.sums.key.written = row.sums.value.written = walked.assigns[b] ? 0 : set.length[n];
+        runs.push_back(row);
+    }
+    RowRun own{own_run(p, b, item.kv_head), {}};
+    if (item.chunk->split()) {
+        own.sums = plan.parts[item.chunk->own_part].at(item.kv_head);
+    } else {
+        own.sums = {own_sum(p, grads.key, b, item.kv_head, kOwnKeyGrad),
+                    own_sum(p, grads.value, b, item.kv_head, kOwnValueGrad)};
+    }
+    runs.push_back(own);
+    return runs;
+}
+
+void finish_own(const Problem& p, const BackwardPlan& plan, const Grads& grads, const RowItem& item,
+                int64_t b, RunSums& own) {
+    const bool split = item.chunk->split();
+    const int64_t columns = round_up(p.head_dim, kGroup);
+    const int64_t length = split ? plan.parts[item.chunk->own_part].length : p.keys_of(b);
+    own.key.clear_to(length, columns);
+    own.value.clear_to(length, columns);
+    if (split) return;
+    write_own(p, grads.key, b, item.kv_head, own.key);
+    write_own(p, grads.value, b, item.kv_head, own.value);
+}
+
 template <class Arithmetic>
-void differentiate_row(const Problem& p, const Plan& plan, const Saved& saved, const Grads& grads, int64_t b,
-                       int64_t kv_head) {
-    RunSums own{own_sum(p, grads.key, b, kv_head, kOwnKeyGrad),
-                own_sum(p, grads.value, b, kv_head, kOwnValueGrad)};
-    const KeyRun own_keys = own_run(p, b, kv_head);
-    bool want_keys = own.key.data != nullptr;
-    for (const SegmentGrads& set : grads.sets) want_keys |= static_cast<bool>(set.key);
-    const int64_t lanes = p.queries_of(b) * p.group();
-    for (int64_t first = 0; first < lanes; first += kLanes) {
-        const LaneBlock block = row_block(p, b, kv_head, first);
+void differentiate_row(const Problem& p, const BackwardPlan& plan, const Saved& saved, const Grads& grads,
+                       const RowItem& item, int64_t b) {
+    std::vector<RowRun> runs = row_runs(p, plan, grads, item, b);
+    bool want_keys = false;
+    for (const RowRun& row : runs) want_keys |= row.sums.key.data != nullptr;
+    const int64_t end = item.chunk->split() ? item.chunk->last_lane : p.queries_of(b) * p.group();
+    for (int64_t first = item.chunk->first_lane; first < end; first += kLanes) {
+        const LaneBlock block = row_block(p, b, item.kv_head, first);
         BlockState state;
-        if (grads.query) prefetch_rows<true>(p, grads.query, b, kv_head, first);
+        if (grads.query) prefetch_rows<true>(p, grads.query, b, item.kv_head, first);
         load_block<Arithmetic>(p, block, saved, want_keys, static_cast<bool>(grads.query), state);
-        prefetch_next(p, saved, b, kv_head, first + kLanes);
-        for (int s = 0; s < static_cast<int>(p.sets.size()); ++s) {
-            const int64_t n = p.sets[s].ids[b];
-            if (n < 0) continue;
-            const int64_t segments = static_cast<int64_t>(p.sets[s].length.size());
-            RunSums sums = set_sums(plan, s, n, segments, b, kv_head);
-            differentiate<Arithmetic>(p, block, state, segment_run(p, s, n, kv_head), sums);
-        }
-        differentiate<Arithmetic>(p, block, state, own_keys, own);
+        prefetch_next(p, saved, b, item.kv_head, first + kLanes);
+        for (RowRun& row : runs) differentiate<Arithmetic>(p, block, state, row.run, row.sums);
         if (!grads.query) continue;
         float* rows = scratch()[kOutRows].floats(kLanes * row_stride(p.head_dim));
         lanes_to_rows(state.query_grad, block.groups, p.head_dim, rows);
+        add_query_parts(p, plan, block, rows);
         write_lanes(grads.query, block, p.head_dim, state.query_scale, rows);
     }
-    const int64_t columns = round_up(p.head_dim, kGroup);
-    own.key.clear_to(p.keys_of(b), columns);
-    own.value.clear_to(p.keys_of(b), columns);
-    write_own(p, grads.key, b, kv_head, own.key);
-    write_own(p, grads.value, b, kv_head, own.value);
+    finish_own(p, plan, grads, item, b, runs.back().sums);
 }
 
-void run_chunk(const Problem& p, const Plan& plan, const Saved& saved, const Grads& grads, int64_t chunk,
-               int64_t kv_head) {
-    for (size_t s = 0; s < plan.sets.size(); ++s) {
-        for (const Part& part : plan.sets[s].parts) {
-            if (part.chunk != chunk) continue;
-            const int64_t length = p.sets[s].length[part.segment], columns = round_up(p.head_dim, kGroup);
-            at_head(part.key, part.key_head, kv_head).clear_to(length, columns);
-            at_head(part.value, part.value_head, kv_head).clear_to(length, columns);
-        }
-    }
-    const int64_t end = std::min(p.rows, (chunk + 1) * plan.rows_per_chunk);
-    for (int64_t b = chunk * plan.rows_per_chunk; b < end; ++b) {
-        if (!row_matters(p, plan, grads, b)) continue;
-        with_arithmetic(p, [&](auto arithmetic) {
-            differentiate_row<decltype(arithmetic)>(p, plan, saved, grads, b, kv_head);
-        });
-    }
-}
-
-// gradient[position] = sum of the parts in chunk order; zero past the length and where nobody read the
-// segment.
-void write_segment(const Problem& p, const SetPlan& plan, const TokenView& grad, bool of_keys,
-                   int64_t segment, int64_t kv_head, int64_t length, int64_t extent) {
+// gradient[position] = sum of the parts in their order; zero where there is none.
+void write_sums(const Problem& p, const BackwardPlan& plan, const SumItem& item, bool of_keys) {
+    const TokenView& grad = of_keys ? item.unit->grads.key : item.unit->grads.value;
+    if (!grad) return;
     const int64_t columns = round_up(p.head_dim, kGroup);
     float* row = scratch()[kOutRows].floats(columns);
-    const std::vector<int64_t>& parts = plan.readers[segment];
-    int64_t position = 0;
-    if (parts.size() == 1) {
-        const Part& part = plan.parts[parts[0]];
-        if (of_keys ? part.key_in_place : part.value_in_place) position = length;
-    }
-    for (; position < extent; ++position) {
+    for (int64_t position = item.first; position < item.last; ++position) {
         std::fill_n(row, columns, 0.0f);
-        for (size_t k = 0; k < parts.size() && position < length; ++k) {
-            const Part& part = plan.parts[parts[k]];
-            const Sum sum = of_keys ? at_head(part.key, part.key_head, kv_head)
-                                    : at_head(part.value, part.value_head, kv_head);
+        for (int64_t k = item.unit->first_part; k < item.unit->last_part; ++k) {
+            if (position >= plan.parts[k].length) continue;
+            const RunSums sums = plan.parts[k].at(item.kv_head);
+            const Sum& sum = of_keys ? sums.key : sums.value;
             const float* from = sum.data + position * sum.stride;
             for (int64_t d = 0; d < columns; ++d) row[d] += from[d];
         }
-        write_row(grad.at(segment, kv_head, position), grad.dtype, p.head_dim, 1.0f, row);
+        write_row(grad.at(item.unit->index, item.kv_head, position), grad.dtype, p.head_dim, 1.0f, row);
     }
 }
 
 }  // namespace
 
+Partition backward_partition(const Problem& p) {
+    Grads grads;  // the cut does not depend on what is wanted
+    grads.sets.resize(p.sets.size());
+    const BackwardPlan plan = make_backward_plan(p, grads);
+    return {costs_of(segment_items(p, plan)), costs_of(row_items(p, plan)), costs_of(sum_items(p, plan))};
+}
+
 void backward(const Problem& p, const Saved& saved, const Grads& grads) {
-    const Plan plan = make_plan(p, grads);
-    parallel_for(p.threads, plan.chunks * p.kv_heads, [&](int64_t task) {
-        run_chunk(p, plan, saved, grads, task % plan.chunks, task / plan.chunks);
+    BackwardPlan plan = make_backward_plan(p, grads);
+    const int64_t floats = lay_out(p, grads, nullptr, plan);
+    if (floats > 0) lay_out(p, grads, scratch()[kCallSums].floats(floats), plan);
+
+    const std::vector<SegmentItem> segments = segment_items(p, plan);
+    parallel_for(p.threads, static_cast<int64_t>(segments.size()), [&](int64_t i) {
+        const SegmentGrads& wanted = grads.sets[segments[i].folded->set];
+        if (grads.query || wanted.key || wanted.value) run_segment(p, plan, saved, grads, segments[i]);
     });
-    for (size_t s = 0; s < p.sets.size(); ++s) {
-        const SegmentSet& set = p.sets[s];
-        const SegmentGrads& grad = grads.sets[s];
-        if (!grad.key && !grad.value) continue;
-        const int64_t segments = static_cast<int64_t>(set.length.size());
-        parallel_for(p.threads, segments * p.kv_heads, [&](int64_t task) {
-            const int64_t n = task % segments, hk = task / segments;
-            if (grad.key) write_segment(p, plan.sets[s], grad.key, true, n, hk, set.length[n], set.extent[n]);
-            if (grad.value)
-                write_segment(p, plan.sets[s], grad.value, false, n, hk, set.length[n], set.extent[n]);
-        });
-    }
+    const std::vector<RowItem> rows = row_items(p, plan);
+    parallel_for(p.threads, static_cast<int64_t>(rows.size()), [&](int64_t i) {
+        for (int64_t b = rows[i].chunk->row; b < rows[i].chunk->end; ++b) {
+            if (!row_matters(p, plan, grads, b)) continue;
+            with_arithmetic(p, [&](auto arithmetic) {
+                differentiate_row<decltype(arithmetic)>(p, plan, saved, grads, rows[i], b);
+            });
+        }
+    });
+    const std::vector<SumItem> sums = sum_items(p, plan);
+    parallel_for(p.threads, static_cast<int64_t>(sums.size()), [&](int64_t i) {
+        write_sums(p, plan, sums[i], true);
+        write_sums(p, plan, sums[i], false);
+    });
     trim_sums();
 }
 

@@ -13,31 +13,35 @@
 
 #include "attend.h"
 #include "few_queries.h"
+#include "folding.h"
 #include "parallel.h"
 #include "problem.h"
 
 namespace prefix_fast {
 namespace {
 
-constexpr int64_t kFoldedQueries = 32;  // fold rows when a row has at most this many lanes
-constexpr int64_t kFoldedReaders = 8;   // and a segment has at least this many readers on average
-constexpr int64_t kMinimumItems = 16;   // cut keys into chunks until there are this many work items
-constexpr int64_t kMinimumChunk = 128;
+constexpr int64_t kItems = 256;         // keys are cut until there are so many
+constexpr int64_t kMinimumChunk = 256;  // keys
 
 // A set served segment-major.
 struct FoldedSet {
     int set = 0;
-    int64_t chunk = 0;                  // keys of a chunk
-    int64_t chunks = 0;                 // of the longest segment
-    std::vector<int64_t> reader_start;  // [N + 1] into readers
-    std::vector<int64_t> readers;       // rows, ascending within a segment
-    float* out = nullptr;               // [chunk][query of the call][H][D]
-    float* state = nullptr;             // [chunk][query of the call][H][m, l]
+    bool few = false;    // a segment has at most kFewQueries lanes on average: they go through few_queries.h
+    int64_t chunk = 0;   // keys of a chunk
+    int64_t chunks = 0;  // of the longest segment
+    Readers readers;
+    float* out = nullptr;    // [chunk][query of the call][H][D]
+    float* state = nullptr;  // [chunk][query of the call][H][m, l]
 };
 
 struct FoldedItem {
     const FoldedSet* folded;
-    int64_t segment, kv_head, first_lane, chunk;
+    int64_t segment, kv_head, first_lane, last_lane, chunk, cost;
+};
+
+// A block of queries of one row.
+struct RowItem {
+    int64_t row, kv_head, first_lane, cost;
 };
 
 struct Plan {
@@ -46,32 +50,27 @@ struct Plan {
     bool few = false;         // own tokens through few_queries.h
 };
 
+// Blocks of all rows under all heads, from shapes alone.
+int64_t row_items_bound(const Problem& p) {
+    const int64_t blocks = p.rows * ceil_div(p.query_bound * p.group(), kLanes);
+    return p.kv_heads * std::min(blocks, p.rows + head_lanes(p) / kLanes);
+}
+
+// Rows that fill few lanes are folded; and long segments are cut where rows and heads are few.
 bool is_folded(const Problem& p, const SegmentSet& set) {
-    const int64_t lanes = p.query_bound * p.group();
-    const int64_t segments = std::max<int64_t>(static_cast<int64_t>(set.length.size()), 1);
-    return lanes <= kFoldedQueries && p.rows > 1 && p.rows * lanes >= kFoldedReaders * segments;
+    const bool short_of_work = row_items_bound(p) < kItems / 2 && set.mean_extent >= 2 * kMinimumChunk;
+    return short_of_work || rows_fold(p, set);
 }
 
 FoldedSet fold(const Problem& p, int index) {
     const SegmentSet& set = p.sets[index];
     FoldedSet folded;
     folded.set = index;
-    const int64_t segments = static_cast<int64_t>(set.length.size());
-    folded.reader_start.assign(segments + 1, 0);
-    for (int64_t id : set.ids) {
-        if (id >= 0) ++folded.reader_start[id + 1];
-    }
-    for (int64_t n = 0; n < segments; ++n) folded.reader_start[n + 1] += folded.reader_start[n];
-    folded.readers.resize(folded.reader_start[segments]);
-    std::vector<int64_t> next(folded.reader_start.begin(), folded.reader_start.end() - 1);
-    for (int64_t b = 0; b < p.rows; ++b) {
-        if (set.ids[b] >= 0) folded.readers[next[set.ids[b]]++] = b;
-    }
-    const int64_t blocks = std::max<int64_t>(p.rows * p.query_bound * p.group() / kLanes, 1);
-    const int64_t splits = (kMinimumItems + p.kv_heads * blocks - 1) / (p.kv_heads * blocks);
-    folded.chunk = std::max(kMinimumChunk, round_up((set.mean_extent + splits - 1) / splits, kMinimumChunk));
-    for (int64_t length : set.length)
-        folded.chunks = std::max(folded.chunks, (length + folded.chunk - 1) / folded.chunk);
+    folded.few = head_lanes(p) <= kFewQueries * set.count();
+    folded.readers = readers_of(p, set);
+    const int64_t blocks = std::max(ceil_div(head_lanes(p), kLanes), set.count());
+    folded.chunk = keys_per_chunk(set.mean_extent, kItems, p.kv_heads * blocks, kMinimumChunk);
+    folded.chunks = ceil_div(longest_of(set), folded.chunk);
     return folded;
 }
 
@@ -85,6 +84,11 @@ Plan make_plan(const Problem& p) {
         }
     }
     plan.few = p.query_bound * p.group() <= kFewQueries;
+    return plan;
+}
+
+// Memory for the partial states.
+void allocate(const Problem& p, Plan& plan) {
     const int64_t queries = p.total_queries() * p.heads;
     int64_t floats = 0;
     for (const FoldedSet& folded : plan.folded) floats += folded.chunks * queries * (p.head_dim + 2);
@@ -94,66 +98,84 @@ Plan make_plan(const Problem& p) {
         folded.state = memory + folded.chunks * queries * p.head_dim;
         memory = folded.state + folded.chunks * queries * 2;
     }
-    return plan;
-}
-
-int64_t slot(const Problem& p, int64_t chunk, int64_t b, int64_t h, int64_t i) {
-    return (chunk * p.total_queries() + p.token_of(b, i)) * p.heads + h;
 }
 
 std::vector<FoldedItem> folded_items(const Problem& p, const Plan& plan) {
     std::vector<FoldedItem> items;
     for (const FoldedSet& folded : plan.folded) {
-        const SegmentSet& set = p.sets[folded.set];
-        for (int64_t n = 0; n < static_cast<int64_t>(set.length.size()); ++n) {
-            int64_t lanes = 0;
-            for (int64_t r = folded.reader_start[n]; r < folded.reader_start[n + 1]; ++r) {
-                lanes += p.queries_of(folded.readers[r]) * p.group();
-            }
+        const int64_t width = folded.few ? kFewQueries : kLanes;
+        for (int64_t n = 0; n < p.sets[folded.set].count(); ++n) {
+            const int64_t lanes = lanes_of(p, folded.readers, n), keys = p.sets[folded.set].length[n];
             for (int64_t hk = 0; hk < p.kv_heads; ++hk) {
-                for (int64_t first = 0; first < lanes; first += kLanes) {
-                    for (int64_t c = 0; c * folded.chunk < set.length[n]; ++c)
-                        items.push_back({&folded, n, hk, first, c});
+                for (int64_t first = 0; first < lanes; first += width) {
+                    const int64_t last = std::min(first + width, lanes);
+                    for (int64_t c = 0; c * folded.chunk < keys; ++c) {
+                        const int64_t count = std::min(folded.chunk, keys - c * folded.chunk);
+                        const int64_t cost = 2 * product_cost(p, last - first, count);
+                        items.push_back({&folded, n, hk, first, last, c, cost});
+                    }
                 }
             }
         }
     }
+    costliest_first(items);
     return items;
 }
 
-// Lanes [first, first + 64) of all queries that read the segment, rows in order.
-LaneBlock reader_block(const Problem& p, const FoldedItem& item) {
-    LaneBlock block;
-    const int64_t group = p.group();
-    int64_t skip = item.first_lane;
-    for (int64_t r = item.folded->reader_start[item.segment];
-         r < item.folded->reader_start[item.segment + 1] && block.lanes < kLanes; ++r) {
-        const int64_t b = item.folded->readers[r];
-        const int64_t lanes = p.queries_of(b) * group;
-        for (int64_t lane = std::min(skip, lanes); lane < lanes && block.lanes < kLanes; ++lane) {
-            block.add(b, item.kv_head * group + lane % group, lane / group);
-        }
-        skip = std::max<int64_t>(skip - lanes, 0);
+int64_t row_cost(const Problem& p, const Plan& plan, int64_t b, int64_t first) {
+    const int64_t end = std::min(first + kLanes, p.queries_of(b) * p.group());
+    int64_t keys = own_visible(p, b, ceil_div(end, p.group()));
+    for (int s : plan.walked) {
+        if (p.sets[s].ids[b] >= 0) keys += p.sets[s].length[p.sets[s].ids[b]];
     }
-    return block;
+    int64_t merged = 0;
+    for (const FoldedSet& folded : plan.folded) merged += folded.chunks;
+    return 2 * product_cost(p, end - first, keys) + merged * (end - first) * p.head_dim;
+}
+
+// Head slowest: the blocks that read one head's prefix follow each other.
+std::vector<RowItem> row_items(const Problem& p, const Plan& plan) {
+    std::vector<RowItem> items;
+    items.reserve(p.kv_heads * p.rows * ceil_div(p.longest_query * p.group(), kLanes));
+    for (int64_t hk = 0; hk < p.kv_heads; ++hk) {
+        for (int64_t b = 0; b < p.rows; ++b) {
+            for (int64_t first = 0; first < p.queries_of(b) * p.group(); first += kLanes)
+                items.push_back({b, hk, first, row_cost(p, plan, b, first)});
+        }
+    }
+    costliest_first(items);
+    return items;
+}
+
+// Keep the states (m, l, O) of the item's lanes; `rows` are those of O.
+void store_partial(const Problem& p, const FoldedItem& item, const LaneBlock& block, const float* maximum,
+                   const float* sum, const float* rows) {
+    for (int lane = 0; lane < block.lanes; ++lane) {
+        const int64_t at = partial_index(p, item.chunk, block.row[lane], block.head[lane], block.query[lane]);
+        std::copy_n(rows + lane * row_stride(p.head_dim), p.head_dim, item.folded->out + at * p.head_dim);
+        item.folded->state[2 * at] = maximum[lane];
+        item.folded->state[2 * at + 1] = sum[lane];
+    }
+}
+
+KeyRun item_run(const Problem& p, const FoldedItem& item) {
+    KeyRun run = segment_run(p, item.folded->set, item.segment, item.kv_head);
+    run.first = item.chunk * item.folded->chunk;
+    run.last = std::min(run.first + item.folded->chunk, run.last);
+    return run;
 }
 
 template <class Arithmetic>
 void run_folded(const Problem& p, const FoldedItem& item) {
-    const LaneBlock block = reader_block(p, item);
+    const LaneBlock block =
+        reader_block(p, item.folded->readers, item.segment, item.kv_head, item.first_lane, item.last_lane);
     const float* queries = load_queries<Arithmetic>(p, block);
     SoftmaxState state = begin_state(p, block);
-    const KeyRun run = segment_run(p, item.folded->set, item.segment, item.kv_head);
-    const int64_t first = item.chunk * item.folded->chunk;
-    attend<Arithmetic>(p, block, queries, run, first, std::min(first + item.folded->chunk, run.last), state);
+    const KeyRun run = item_run(p, item);
+    attend<Arithmetic>(p, block, queries, run, run.first, run.last, state);
     float* rows = scratch()[kOutRows].floats(kLanes * row_stride(p.head_dim));
     lanes_to_rows(state.out, block.groups, p.head_dim, rows);
-    for (int lane = 0; lane < block.lanes; ++lane) {
-        const int64_t at = slot(p, item.chunk, block.row[lane], block.head[lane], block.query[lane]);
-        std::copy_n(rows + lane * row_stride(p.head_dim), p.head_dim, item.folded->out + at * p.head_dim);
-        item.folded->state[2 * at] = state.maximum[lane];
-        item.folded->state[2 * at + 1] = state.sum[lane];
-    }
+    store_partial(p, item, block, state.maximum, state.sum, rows);
 }
 
 // (m, l, O) <- merge of (m, l, O) and a partial state: both rescaled to the larger maximum.
@@ -174,7 +196,7 @@ void merge_parts(const Problem& p, const Plan& plan, const LaneBlock& block, int
         const int64_t id = p.sets[folded.set].ids[block.row[lane]];
         if (id < 0) continue;
         for (int64_t c = 0; c * folded.chunk < p.sets[folded.set].length[id]; ++c) {
-            const int64_t at = slot(p, c, block.row[lane], block.head[lane], block.query[lane]);
+            const int64_t at = partial_index(p, c, block.row[lane], block.head[lane], block.query[lane]);
             merge_state(folded.state[2 * at], folded.state[2 * at + 1], folded.out + at * p.head_dim,
                         p.head_dim, maximum, sum, row);
         }
@@ -220,54 +242,66 @@ void run_row(const Problem& p, const Plan& plan, const LaneBlock& block, int64_t
     finish(p, plan, block, state.maximum, state.sum, rows, out, lse);
 }
 
-void run_few(const Problem& p, const Plan& plan, const LaneBlock& block, int64_t kv_head,
-             const TokenView& out, const TokenView& lse) {
-    const int64_t b = block.row[0], stride = row_stride(p.head_dim);
-    float* queries = scratch()[kQueryRows].floats(kLanes * stride);
+FewState begin_few(const Problem& p, const LaneBlock& block, float*& queries) {
+    const int64_t stride = row_stride(p.head_dim);
+    queries = scratch()[kQueryRows].floats(kLanes * stride);
     read_lanes(p.query, block, p.head_dim, p.scale * kLog2E, queries);
     FewState state;
     state.out = scratch()[kOutRows].floats(kLanes * stride);
-    std::fill_n(state.maximum, kWidth, -kInf);
-    std::fill_n(state.sum, kWidth, 0.0f);
+    std::fill_n(state.maximum, kGroup, -kInf);
+    std::fill_n(state.sum, kGroup, 0.0f);
     std::fill_n(state.out, kFewQueries * stride, 0.0f);
+    return state;
+}
+
+void run_few_folded(const Problem& p, const FoldedItem& item) {
+    const LaneBlock block =
+        reader_block(p, item.folded->readers, item.segment, item.kv_head, item.first_lane, item.last_lane);
+    float* queries;
+    FewState state = begin_few(p, block, queries);
+    attend_few(p, block, queries, item_run(p, item), state);
+    store_partial(p, item, block, state.maximum, state.sum, state.out);
+}
+
+void run_few(const Problem& p, const Plan& plan, const LaneBlock& block, int64_t kv_head,
+             const TokenView& out, const TokenView& lse) {
+    float* queries;
+    FewState state = begin_few(p, block, queries);
     for (int s : plan.walked) {
-        const int64_t id = p.sets[s].ids[b];
+        const int64_t id = p.sets[s].ids[block.row[0]];
         if (id >= 0) attend_few(p, block, queries, segment_run(p, s, id, kv_head), state);
     }
-    attend_few(p, block, queries, own_run(p, b, kv_head), state);
+    attend_few(p, block, queries, own_run(p, block.row[0], kv_head), state);
     finish(p, plan, block, state.maximum, state.sum, state.out, out, lse);
 }
 
 }  // namespace
 
-void forward(const Problem& p, const TokenView& out, const TokenView& lse) {
+Partition forward_partition(const Problem& p) {
     const Plan plan = make_plan(p);
-    const std::vector<FoldedItem> items = folded_items(p, plan);
-    parallel_for(p.threads, static_cast<int64_t>(items.size()), [&](int64_t i) {
-        with_arithmetic(p, [&](auto arithmetic) { run_folded<decltype(arithmetic)>(p, items[i]); });
+    return {costs_of(folded_items(p, plan)), costs_of(row_items(p, plan))};
+}
+
+void forward(const Problem& p, const TokenView& out, const TokenView& lse) {
+    Plan plan = make_plan(p);
+    allocate(p, plan);
+    const std::vector<FoldedItem> folded = folded_items(p, plan);
+    parallel_for(p.threads, static_cast<int64_t>(folded.size()), [&](int64_t i) {
+        if (folded[i].folded->few) return run_few_folded(p, folded[i]);
+        with_arithmetic(p, [&](auto arithmetic) { run_folded<decltype(arithmetic)>(p, folded[i]); });
     });
 
-    // Head slowest: the blocks that read one head's prefix follow each other.
-    const int64_t blocks = (p.longest_query * p.group() + kLanes - 1) / kLanes;
-    const int64_t tasks = p.kv_heads * p.rows * blocks;
-    parallel_for(p.threads, tasks, [&](int64_t task) {
-        const int64_t first = task % blocks * kLanes, b = task / blocks % p.rows;
-        const int64_t kv_head = task / blocks / p.rows;
-        if (first >= p.queries_of(b) * p.group()) return;
-        const int64_t next = task + p.threads;  // probably this thread's
-        if (next < tasks) {
-            prefetch_rows<false>(p, p.query, next / blocks % p.rows, next / blocks / p.rows,
-                                 next % blocks * kLanes);
-        }
+    const std::vector<RowItem> rows = row_items(p, plan);
+    parallel_for(p.threads, static_cast<int64_t>(rows.size()), [&](int64_t i) {
+        const auto [b, kv_head, first, cost] = rows[i];
+        const size_t next = i + p.threads;  // probably this thread's
+        if (next < rows.size())
+            prefetch_rows<false>(p, p.query, rows[next].row, rows[next].kv_head, rows[next].first_lane);
         prefetch_rows<true>(p, out, b, kv_head, first);
         const LaneBlock block = row_block(p, b, kv_head, first);
-        if (plan.few) {
-            run_few(p, plan, block, kv_head, out, lse);
-        } else {
-            with_arithmetic(p, [&](auto arithmetic) {
-                run_row<decltype(arithmetic)>(p, plan, block, kv_head, out, lse);
-            });
-        }
+        if (plan.few) return run_few(p, plan, block, kv_head, out, lse);
+        with_arithmetic(
+            p, [&](auto arithmetic) { run_row<decltype(arithmetic)>(p, plan, block, kv_head, out, lse); });
     });
     trim_sums();
 }

@@ -39,6 +39,10 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
     return (x + multiple - 1) / multiple * multiple;
 }
 
+inline int64_t ceil_div(int64_t x, int64_t divisor) {
+    return (x + divisor - 1) / divisor;
+}
+
 // Floats between scratch rows [lane][D]: off the powers of two, so that a column of lanes does not fall into
 // one cache set.
 inline int64_t row_stride(int64_t head_dim) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -142,6 +143,23 @@ void run_team(int team, const Body& body) {
 #pragma omp parallel num_threads(team)
     body();
 #endif
+}
+
+// Costliest first, so that no long item is left for the end. Costs of one power of two keep their order, in
+// which neighbours read the same keys.
+template <class Item>
+void costliest_first(std::vector<Item>& items) {
+    const auto size = [](const Item& item) { return std::ilogb(static_cast<float>(item.cost + 1)); };
+    const auto before = [&](const Item& a, const Item& b) { return size(a) > size(b); };
+    if (!std::is_sorted(items.begin(), items.end(), before))
+        std::stable_sort(items.begin(), items.end(), before);
+}
+
+template <class Item>
+std::vector<int64_t> costs_of(const std::vector<Item>& items) {
+    std::vector<int64_t> costs;
+    for (const Item& item : items) costs.push_back(item.cost);
+    return costs;
 }
 
 // task(0), ..., task(count - 1) in any order on up to `threads` threads; the first exception is rethrown

@@ -35,6 +35,8 @@ struct SegmentSet {
     std::vector<int64_t> extent;  // [N] positions a segment has, valid or not
     std::vector<int64_t> ids;     // [B], -1: the row reads nothing
     int64_t mean_extent = 0;      // from shapes alone
+
+    int64_t count() const { return static_cast<int64_t>(length.size()); }
 };
 
 struct Problem {
@@ -71,6 +73,7 @@ struct Problem {
     int64_t token_of(int64_t b, int64_t i) const {  // index of a query among all queries of the call
         return query_start.empty() ? b * query_len + i : query_start[b] + i;
     }
+    int64_t total_keys() const { return key_start.empty() ? rows * key_len : key_start[rows]; }
     int64_t total_queries() const { return query_start.empty() ? rows * query_len : query_start[rows]; }
 };
 
@@ -90,5 +93,11 @@ struct Saved {
 
 void forward(const Problem& problem, const TokenView& out, const TokenView& lse);
 void backward(const Problem& problem, const Saved& saved, const Grads& grads);
+
+// How the work is cut: for each phase (threads wait for each other in between) the multiply-adds of its
+// items, in the order in which threads take them. The same for any number of threads.
+using Partition = std::vector<std::vector<int64_t>>;
+Partition forward_partition(const Problem& problem);
+Partition backward_partition(const Problem& problem);
 
 }  // namespace prefix_fast
