@@ -227,3 +227,59 @@ def test_half_precision_model_with_float32_prefix(family):
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     for name, gradient in exact[2].items():
         assert_close(gradients[name], gradient, 0.2)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_no_virtual_tokens_is_the_plain_model(family):
+    model, batch = make_seq2seq(family), make_seq2seq_batch("right")
+    expected = twin(model)(**batch.arguments())
+    patch(model, 0)
+    assert model.prefix is None and not any(parameter.requires_grad for parameter in model.parameters())
+    assert_close(model(**batch.arguments()).logits, expected.logits, 1e-5)
+    assert_close(model.train()(**batch.arguments()).loss, expected.loss, 1e-5)
+
+
+def test_model_that_is_trained_too_is_saved_whole(tmp_path):
+    from transformers import BartForConditionalGeneration
+
+    model, batch = make_seq2seq("bart"), make_seq2seq_batch("left")
+    patch(model, make_site_prefix(model, P), freeze=False).train()
+    model(**batch.arguments()).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "layernorm" in name)
+    model.save_pretrained(tmp_path)
+    again = BartForConditionalGeneration.from_pretrained(tmp_path)
+    patch(again, tmp_path / "prefix")
+    assert_close(again(**batch.arguments()).logits, model.eval()(**batch.arguments()).logits, 1e-6)
+
+
+def test_model_with_a_patched_part_is_refused():
+    model, batch = make_seq2seq("bart"), make_seq2seq_batch("right")
+    patch(model, make_site_prefix(model, P))
+    expected = model(**batch.arguments()).logits
+    with pytest.raises(ValueError, match="no part is patched, got BartModel; patch the model that is patched"):
+        patch(model.model, 3)
+    assert torch.equal(model(**batch.arguments()).logits, expected)
+    unpatch(model)
+    patch(model.model, 3)
+    with pytest.raises(ValueError, match="no part is patched, got BartForConditionalGeneration"):
+        patch(model, 3)
+
+
+def test_attention_that_came_after_patching_raises():
+    model, batch = make_seq2seq("bart"), make_seq2seq_batch("right")
+    fresh = twin(model).get_decoder().layers[0]
+    fresh.self_attn.config = model.config
+    patch(model, 3)
+    model.get_decoder().layers[0] = fresh
+    fresh.encoder_attn.config = model.config
+    with pytest.raises(RuntimeError, match="patch the model again after changing it"):
+        model(**batch.arguments())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_compiled_step_is_one_graph_and_equal(family):
+    ours, prefix, _, _ = both(family)
+    batch = make_seq2seq_batch("left")
+    expected = step(ours, prefix, batch)
+    assert_same_step(step(torch.compile(ours, fullgraph=True, backend="aot_eager"), prefix, batch), expected)

@@ -106,3 +106,12 @@ def test_positions_beyond_the_decoders_table_raise():
     model(**batch.arguments())
     with pytest.raises(ValueError, match="within the model's 12 positions, got position 12; shorten the prefix"):
         model(**make_seq2seq_batch("none", target=7).arguments())
+
+
+def test_assisted_decoding_with_an_unpatched_draft():
+    model, draft = make_seq2seq("bart"), make_seq2seq("bart", seed=1)
+    patch(model, make_site_prefix(model, P))
+    source = make_seq2seq_batch("none", rows=1).source()
+    options = {"max_new_tokens": 9, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**source, **options)
+    assert torch.equal(model.generate(**source, assistant_model=draft, **options), expected)

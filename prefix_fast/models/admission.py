@@ -91,9 +91,14 @@ def admit(model: Any, offered: ModelSites) -> str:
 
     Raises:
         NotImplementedError: the model cannot be patched, with the reason. ValueError: it runs reentrant
-            checkpointing. Its config is then as it was.
+            checkpointing, or a part of it is patched. Its config is then as it was.
     """
     _check_checkpointing(model)
+    if sites.is_marked(model):
+        raise ValueError(
+            f"patch: expected a model of which no part is patched, got {type(model).__name__}; patch the model that is"
+            " patched already, or unpatch it first"
+        )
     hub.enter_attention(model)
     try:
         positions = _checked_positions(model)

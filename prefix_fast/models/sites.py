@@ -38,9 +38,25 @@ class Site(NamedTuple):
 
 
 def site_of(module: nn.Module) -> Site:
-    """The site of an attention module; of one without a mark, its decoder-only model's layer."""
+    """The site of an attention module; of one in a decoder-only model, its layer.
+
+    Raises:
+        RuntimeError: a module that came into an encoder-decoder after it was patched.
+    """
     marked = module.__dict__.get(MARK)
-    return Site("decoder", module.layer_idx) if marked is None else marked  # type: ignore[arg-type]
+    if marked is not None:
+        return marked
+    if getattr(module.config, "is_encoder_decoder", False):
+        raise RuntimeError(
+            f"prefix_fast: expected the attention modules that the model had when it was patched, got another"
+            f" {type(module).__name__}; patch the model again after changing it"
+        )
+    return Site("decoder", module.layer_idx)  # type: ignore[arg-type]
+
+
+def is_marked(model: nn.Module) -> bool:
+    """Whether a part of the model belongs to a patched encoder-decoder."""
+    return any(MARK in module.__dict__ for module in model.modules())
 
 
 def mark(model: nn.Module, calls: list[tuple[nn.Module, int]], source: int) -> dict[str, int]:
