@@ -1,9 +1,9 @@
 """Random calls, the truth about them, and how far a backend may be from it.
 
 The rule: the error of a backend against float64 is at most twice that of plain PyTorch computing the same concatenation
-in the same dtype, plus a slack: a few roundings of the largest true value and, for the gradients of queries and keys,
-one rounding of the sums that cancel in them. `check` applies it to the output, the log-sum-exp and every gradient;
-tests, benchmarks and `prefix-fast doctor` all use it.
+in the same dtype, plus a slack: a few roundings of the largest true value and, for gradients, the roundings of what a
+backward pass from `out` and `lse` alone computes again. `check` applies it to the output, the log-sum-exp and every
+gradient; tests, benchmarks and `prefix-fast doctor` all use it.
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ def compare(
         grads = output_grads(problem) if len(true) > 2 else None
     eager = errors(evaluate(problem, "eager", grads), true)
     found = errors(results, true)
-    cancelled = 0.0 if grads is None else _rounding_of_cancelled_sums(problem, grads[0])
+    cancelled = 0.0 if grads is None else _rounding_of_cancelled_sums(problem, grads[0], true["out"])
+    exponent = _precision(problem) * _largest(true["lse"][true["lse"].isfinite()].abs())
     budget = {}
     for key, value in true.items():
         finite = value[value.isfinite()]
@@ -237,6 +238,8 @@ def compare(
         dtype = torch.float32 if key == "lse" and problem.query.dtype != torch.float64 else problem.query.dtype
         yardstick = eager[key] if eager[key] != torch.inf else 0.0
         budget[key] = 2 * yardstick + SLACK[dtype] * max(largest, 0.1)
+        if key.startswith("grad."):
+            budget[key] += exponent * largest  # p = exp(s - lse) has one rounding of s and one of lse
         if key == "grad.query" or key.endswith("key"):
             budget[key] += cancelled
     if any(not found[key] <= budget[key] for key in found):
@@ -245,18 +248,26 @@ def compare(
     return found
 
 
-def _rounding_of_cancelled_sums(problem: Problem, grad_out: Tensor) -> float:
-    """One rounding of do·v - δ as it reaches the gradients of queries and keys: u · scale · ‖do‖ ‖v‖ max(|q|, |k|).
+def _rounding_of_cancelled_sums(problem: Problem, grad_out: Tensor, out: Tensor) -> float:
+    """The roundings of do·v / (1 - p) - δ, δ = do·out, as they reach the gradients of queries and keys.
 
     Where a query sees a single key both terms are the same sum of D products, and what is left is how each was rounded,
-    however small the true gradient is. Eager PyTorch takes both from one number, so it is no yardstick for this.
+    however small the true gradient is: u · ‖do‖ ‖v‖ / (1 - p) in float32. δ also has one rounding of each element of
+    `out` to its dtype, independent of each other: u · ‖do ∘ out‖. Eager PyTorch takes both terms from one number, so it
+    is no yardstick for this.
     """
     named = float_tensors(problem)
     values = [t for name, t in named.items() if name.endswith("value")]
     reach = max(_largest(t.abs()) for name, t in named.items() if not name.endswith("value"))
     product = _largest(grad_out.float().norm(dim=-1)) * max(_largest(t.float().norm(dim=-1)) for t in values)
-    precision = torch.finfo(torch.float64 if problem.query.dtype == torch.float64 else torch.float32)
-    return precision.eps / 2 * abs(problem.scale) * product * reach
+    sums = _precision(problem) / 2 * product / (1 - problem.dropout_p)
+    stored = torch.finfo(problem.query.dtype).eps / 2 * _largest((grad_out.double() * out).norm(dim=-1))
+    return abs(problem.scale) * reach * (sums + stored)
+
+
+def _precision(problem: Problem) -> float:
+    """The spacing of the numbers in which a backend sums."""
+    return torch.finfo(torch.float64 if problem.query.dtype == torch.float64 else torch.float32).eps
 
 
 def _largest(tensor: Tensor) -> float:
