@@ -25,6 +25,7 @@ PIP    := $(PYTHON) -m pip --disable-pip-version-check
 GPU_PYTHON := $(if $(filter file default undefined,$(origin PY)),$(BIN)/python,$(PY))
 GPU_NEEDS  := $(if $(filter file default undefined,$(origin PY)),$(STAMP))
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl' 2>/dev/null)
+comma     := ,
 PY_DIRS   := $(wildcard setup.py prefix_fast kernels tests benchmarks examples)
 
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -56,17 +57,23 @@ test-gpu: $(GPU_NEEDS)  ## on this machine's GPU: the self-check, then the tests
 bench-gpu: $(GPU_NEEDS)  ## on this machine's GPU: against flash SDPA, flex attention and FlashInfer
 	@$(GPU_PYTHON) tests/gpu/on_card.py run benchmarks/gpu $(ARGS)
 
-SANITIZE := -fsanitize=address,undefined
-SANITIZED := build/sanitized
-NATIVE_TESTS := tests/test_native_accuracy.py tests/test_native_bits.py tests/test_native_dropout.py tests/test_native_memory.py
+NATIVE_TESTS := $(addprefix tests/test_native_,accuracy.py bits.py dropout.py fuzz.py memory.py)
+THREAD_TESTS := tests/test_native_bits.py tests/test_native_concurrency.py::test_eight_callers_at_once_get_the_bits_of_one
 
-test-sanitize: $(STAMP)  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	@echo "== kernels with sanitizers"
-	@CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -O1 -g1" LDFLAGS="$(SANITIZE)" \
-		$(PYTHON) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
-	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PREFIX_FAST_NATIVE_FOLDER=$(SANITIZED)/prefix_fast \
-		$(PYTHON) -m pytest -q -p no:benchmark -p no:faulthandler --timeout 1800 $(NATIVE_TESTS) $(ARGS)
+# $(call sanitized,KIND,FLAGS,RUNTIMES,ENVIRONMENT,TESTS): another build of the kernels, and the tests that run on it
+define sanitized
+	@echo "== kernels with $(1) sanitizers"
+	@CXXFLAGS="$(2) -O1 -g1" LDFLAGS="$(2)" \
+		$(PYTHON) setup.py -q build_ext --build-lib build/sanitized/$(1) --build-temp build/sanitized/$(1)/objects
+	@LD_PRELOAD="$(foreach runtime,$(3),$$($${CXX:-g++} -print-file-name=$(runtime)))" \
+		$(4) PREFIX_FAST_NATIVE_FOLDER=build/sanitized/$(1)/prefix_fast \
+		$(PYTHON) -m pytest -q -p no:benchmark -p no:faulthandler --timeout 1800 -m "not slow" $(5) $(ARGS)
+endef
+
+test-sanitize: $(STAMP)  ## the C++ kernels under Address-, UndefinedBehavior- and ThreadSanitizer
+	$(call sanitized,memory,-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined,libasan.so libubsan.so,\
+		ASAN_OPTIONS=detect_leaks=0,$(NATIVE_TESTS))
+	$(call sanitized,thread,-fsanitize=thread,libtsan.so,TSAN_OPTIONS=ignore_noninstrumented_modules=1,$(THREAD_TESTS))
 
 bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
 	@mkdir -p benchmarks/results

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from attention_cases import compare_large, visible_parts, with_large_scores
 from torch import Tensor
 from triton_harness import Machine, failures_of, words
 
@@ -133,10 +134,7 @@ def problem_of(call: Call) -> Problem:
         if dim is not None and dim < named[name].dim() - 1 and named[name].shape[dim] > 0:
             named[name] = named[name].narrow(dim, 0, 1).expand(named[name].shape)
     if call.scores == "large":
-        largest = max((t.float().norm(dim=-1).max().item() for n, t in named.items() if n[-3:] == "key" and t.numel()),
-                      default=1.0)  # fmt: skip
-        reach = named["query"].float().norm(dim=-1).max().item() * largest * abs(problem.scale or 1) if largest else 1
-        problem = replace(problem, scale=problem.scale * 1e4 / max(reach, 1e-3))
+        problem = with_large_scores(with_float_tensors(problem, named))
     if call.scores == "negative":
         for name, tensor in named.items():
             named[name] = torch.cat([tensor[..., :1] * 0 + (10 if name == "query" else -10), tensor[..., 1:]], -1)
@@ -159,32 +157,6 @@ def gradients_of(call: Call, problem: Problem) -> tuple[Tensor, Tensor]:
     if call.grad_out == "sum":
         grad_out = torch.ones((), dtype=grad_out.dtype).expand(grad_out.shape)
     return grad_out, grad_lse.float() if call.grad_lse else torch.zeros_like(grad_lse, dtype=torch.float32)
-
-
-def visible_parts(problem: Problem) -> dict[str, Tensor]:
-    """For keys and values by name: which of their tokens some query may read, as a mask over all but the last dim."""
-    masks = {}
-    own = problem.key
-    mask = torch.ones(own.shape[:-1], dtype=torch.bool)
-    if problem.key_mask is not None:
-        mask = problem.key_mask[:, None].expand(mask.shape)
-    masks["key"] = masks["value"] = mask
-    for index, s in enumerate(problem.sets):
-        units = torch.arange(s.count)
-        read = torch.isin(units, s.ids) if s.ids is not None else units == 0
-        if s.cu_seqlens is None:
-            lengths = torch.full((s.count,), s.key.shape[2]) if s.lengths is None else s.lengths
-            tokens = (torch.arange(s.key.shape[2]) < lengths[:, None]) & read[:, None]
-            mask = tokens[:, None].expand(s.key.shape[:-1])
-        else:
-            sizes = s.cu_seqlens.diff()
-            lengths = sizes if s.lengths is None else s.lengths
-            unit = torch.repeat_interleave(units, sizes)
-            within = torch.arange(int(sizes.sum())) - s.cu_seqlens[:-1].repeat_interleave(sizes)
-            mask = (within < lengths[unit]) & read[unit]
-            mask = mask[:, None].expand(s.key.shape[:-1])
-        masks[f"segment{index}.key"] = masks[f"segment{index}.value"] = mask
-    return masks
 
 
 def placed(call: Call, problem: Problem, machine: Machine) -> Problem:
@@ -258,7 +230,7 @@ def check(call: Call, machine: Machine | None = None) -> None:
     grads = gradients_of(call, problem)
     true = truth(problem, grads)
     if call.scores != "normal":
-        _compare_large(problem, results, true, grads[0])
+        compare_large(problem, "triton", results, true, grads[0])
     else:
         testing.compare(problem, "triton", results, true, grads)
     for name, visible in visible_parts(problem).items():
@@ -267,27 +239,6 @@ def check(call: Call, machine: Machine | None = None) -> None:
     empty = results["lse"] == -torch.inf
     if bool((results["out"][empty] != 0).any()) or bool((results.get("grad.query", results["out"])[empty] != 0).any()):
         raise AssertionError("a query that sees no key has an output or a gradient")
-
-
-def _compare_large(problem: Problem, results: dict[str, Tensor], true: dict[str, Tensor], grad_out: Tensor) -> None:
-    """A logit of 1e4 is rounded to 1e-3 of a weight's logarithm.
-
-    δ = Σ_d do_d·o_d has the rounding of o as it is stored; where large logits come from a large scale, that reaches the
-    gradients of queries and keys times the scale.
-    """
-    precision = torch.finfo(problem.query.dtype).eps / 2
-    of_delta = precision * float((grad_out.double() * true["out"]).abs().sum(-1).max())
-    named = {name: t for name, t in float_tensors(problem).items() if not name.endswith("value") and t.numel()}
-    reach = abs(problem.scale) * max(float(tensor.abs().max()) for tensor in named.values())
-    for name, error in testing.errors(results, true).items():
-        finite = true[name][true[name].isfinite()]
-        largest = max(float(finite.abs().max()), 1.0) if finite.numel() else 1.0
-        cancelled = of_delta * reach if name == "grad.query" or name.endswith("key") else 0.0
-        if not error <= 2e-2 * largest + cancelled:
-            raise AssertionError(
-                f"with large scores {name} differs by {error:.2e}; its largest number is {largest:.2e}, and the "
-                f"rounding of δ {cancelled:.2e}"
-            )
 
 
 def check_order(call: Call) -> None:
