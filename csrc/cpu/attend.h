@@ -80,9 +80,10 @@ PF_INLINE Vec column_maximum(const float* scores, int64_t keys) {
     return max(max(m[0], m[1]), max(m[2], m[3]));
 }
 
-// Scores become weights, in place; the state moves to the new maximum. `keep`: 1 or 0 for the weights that
-// meet the values; the sum is that of the undropped softmax. 1 / (1 - p), which bfloat16 would round, comes
-// with the division by l.
+// Scores become weights, in place and packed along the keys; the state moves to the new maximum. `keep`: 1 or
+// 0 for the weights that meet the values; the sum is that of the undropped softmax. 1 / (1 - p), which
+// bfloat16 would round, comes with the division by l.
+template <class Arithmetic>
 inline void online_softmax_update(const LaneBlock& block, const KeyTile& tile, int64_t head_dim,
                                   float* scores, int64_t step, const float* keep, SoftmaxState& state) {
     const int64_t out_step = group_stride(head_dim);
@@ -96,11 +97,11 @@ inline void online_softmax_update(const LaneBlock& block, const KeyTile& tile, i
             const Vec origin = select(maximum == broadcast(-kInf), Vec{}, maximum);
             const Vec shrink = exp2(before - origin);
             Vec sum{};
-            for (int64_t j = 0; j < tile.needed[g]; ++j) {
+            write_by_keys(Arithmetic{}, tile.needed[g], column, [&](int64_t j) {
                 const Vec weight = exp2(load(column + j * kGroup) - origin);
                 sum += weight;
-                store(column + j * kGroup, keep ? weight * load(keep + g * step + j * kGroup + v) : weight);
-            }
+                return keep ? weight * load(keep + g * step + j * kGroup + v) : weight;
+            });
             store(l, fma(load(l), shrink, sum));
             store(m, maximum);
             if (!any_not_equal(shrink, broadcast(1.0f))) continue;
@@ -130,9 +131,8 @@ inline void attend(const Problem& p, const LaneBlock& block, const float* querie
                                write_scores(arithmetic, p));
         mask_scores(p, block, run, tile, scores, step);
         if (keep != nullptr) dropout_tile(p, block, run, tile, 1.0f, keep, step);
-        online_softmax_update(block, tile, p.head_dim, scores, step, keep, state);
-        const float* weights = pack_keys(arithmetic, block, tile, scores, step, scratch()[kPacked]);
-        weigh_tile<Arithmetic>(block, tile, tile.value, p.head_dim, weights, step, state.out);
+        online_softmax_update<Arithmetic>(block, tile, p.head_dim, scores, step, keep, state);
+        weigh_tile<Arithmetic>(block, tile, tile.value, p.head_dim, scores, step, state.out);
     }
 }
 

@@ -108,8 +108,9 @@ inline void load_block(const Problem& p, const LaneBlock& block, const Saved& sa
     }
 }
 
-// S -> P in place, and P' when there is dropout. P is at most 1 even where lse is so large (a row of nothing
-// but biases of -1e9) that its rounding exceeds the differences between scores.
+// S -> P in place, and P' packed along the lanes, unless it is P itself. P is at most 1 even where lse is so
+// large (a row of nothing but biases of -1e9) that its rounding exceeds the differences between scores.
+template <class Arithmetic>
 inline void probability_tile(const LaneBlock& block, const KeyTile& tile, const BlockState& state,
                              int64_t step, const float* keep, float* scores, float* kept) {
     for (int g = 0; g < block.groups; ++g) {
@@ -119,23 +120,29 @@ inline void probability_tile(const LaneBlock& block, const KeyTile& tile, const 
                 const int64_t at = g * step + j * kGroup + v;
                 const Vec weight = exp2(min(Vec{}, load(scores + at) - lse));
                 store(scores + at, weight);
-                if (keep != nullptr) store(kept + at, weight * load(keep + at));
+                if (kept == scores) continue;
+                write_by_lanes(Arithmetic{}, j, kept + g * step + v,
+                               keep ? weight * load(keep + at) : weight);
             }
         }
     }
 }
 
-// dP -> dS in place.
+// dP -> dS, in place and packed along the keys; pairs are packed along the lanes too.
+template <class Arithmetic>
 inline void grad_score_tile(const LaneBlock& block, const KeyTile& tile, const BlockState& state,
-                            int64_t step, const float* keep, const float* weights, float* grads) {
+                            int64_t step, const float* keep, const float* weights, float* grads,
+                            float* by_lanes) {
     for (int g = 0; g < block.groups; ++g) {
         for (int v = 0; v < kGroup; v += kWidth) {
             const Vec delta = load(state.delta + g * kGroup + v), scale = broadcast(state.score_scale);
-            for (int64_t j = 0; j < tile.needed[g]; ++j) {
+            write_by_keys(Arithmetic{}, tile.needed[g], grads + g * step + v, [&](int64_t j) {
                 const int64_t at = g * step + j * kGroup + v;
                 const Vec grad = keep != nullptr ? load(grads + at) * load(keep + at) : load(grads + at);
-                store(grads + at, load(weights + at) * scale * (grad - delta));
-            }
+                const Vec score_grad = load(weights + at) * scale * (grad - delta);
+                if (by_lanes != grads) write_by_lanes(Arithmetic{}, j, by_lanes + g * step + v, score_grad);
+                return score_grad;
+            });
         }
     }
 }
@@ -175,8 +182,9 @@ inline void differentiate(const Problem& p, const LaneBlock& block, const BlockS
     float* scores = scratch()[kScores].floats(kGroups * step);
     float* grads = scratch()[kGradScores].floats(kGroups * step);
     float* keep = p.dropout ? scratch()[kDropout].floats(kGroups * step) : nullptr;
-    float* kept = p.dropout ? scratch()[kKept].floats(kGroups * step) : scores;
-    Buffer& pairs = scratch()[kPacked];
+    constexpr bool kPairs = Arithmetic::kPack > 1;
+    float* kept = p.dropout || kPairs ? scratch()[kKept].floats(kGroups * step) : scores;
+    float* grads_by_lanes = kPairs ? scratch()[kPacked].floats(kGroups * step) : grads;
     for (int64_t start = run.first; start < run.last; start += kBackwardTile) {
         KeyTile tile;
         if (!bound_tile(block, run, start, std::min(kBackwardTile, run.last - start), tile)) continue;
@@ -186,25 +194,20 @@ inline void differentiate(const Problem& p, const LaneBlock& block, const BlockS
                                write_scores(arithmetic, p));
         mask_scores(p, block, run, tile, scores, step);
         if (keep != nullptr) dropout_tile(p, block, run, tile, p.keep_scale, keep, step);
-        probability_tile(block, tile, state, step, keep, scores, kept);
-        if (sums.value.data != nullptr) {
-            const float* weights = pack_lanes(arithmetic, block, tile, kept, step, pairs);
-            sum_tile<Arithmetic>(block, tile, p.head_dim, weights, step, state.grad_rows, sums.value);
-        }
+        probability_tile<Arithmetic>(block, tile, state, step, keep, scores, kept);
+        if (sums.value.data != nullptr)
+            sum_tile<Arithmetic>(block, tile, p.head_dim, kept, step, state.grad_rows, sums.value);
         if (!want_scores) continue;
         tile.value = tile_rows(arithmetic, run, run.value, run.value_stride, run.value_dtype, start,
                                tile.count, p.head_dim, reused, scratch()[kValueTile]);
         score_tile<Arithmetic>(block, tile, tile.value, p.head_dim, state.grad_lanes, grads, step, Assign{});
-        grad_score_tile(block, tile, state, step, keep, scores, grads);
-        if (sums.key.data != nullptr) {
-            const float* weights = pack_lanes(arithmetic, block, tile, grads, step, pairs);
-            sum_tile<Arithmetic>(block, tile, p.head_dim, weights, step, state.query_rows, sums.key);
-        }
+        grad_score_tile<Arithmetic>(block, tile, state, step, keep, scores, grads, grads_by_lanes);
+        if (sums.key.data != nullptr)
+            sum_tile<Arithmetic>(block, tile, p.head_dim, grads_by_lanes, step, state.query_rows, sums.key);
         if (state.query_grad == nullptr) continue;
         const Matrix columns = tile_columns(arithmetic, run, run.key, run.key_stride, run.key_dtype, start,
                                             tile.count, p.head_dim, reused, scratch()[kKeyColumns], tile.key);
-        const float* weights = pack_keys(arithmetic, block, tile, grads, step, pairs);
-        weigh_tile<Arithmetic>(block, tile, columns, p.head_dim, weights, step, state.query_grad);
+        weigh_tile<Arithmetic>(block, tile, columns, p.head_dim, grads, step, state.query_grad);
     }
 }
 

@@ -42,19 +42,22 @@ void with_arithmetic(const Problem& p, F&& f) {
 }
 
 #if defined(__AVX512BF16__)
+// Word i of the first 16 of one vector beside word i of another's.
+alignas(64) constexpr uint16_t kInterleaved[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                   37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                   11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
 // target[d] = (first[d], second[d]); a null row is zeros; zeros up to a whole vector.
 inline void interleave_rows(const uint16_t* first, const uint16_t* second, int64_t head_dim, float* target) {
-    const __mmask16 whole = 0xFFFF;
-    for (int64_t d = 0; d < head_dim; d += kWidth) {
+    const __m512i low_order = _mm512_load_si512(kInterleaved);
+    const __m512i high_order = _mm512_add_epi16(low_order, _mm512_set1_epi16(16));
+    for (int64_t d = 0; d < head_dim; d += 2 * kWidth) {
         const int64_t rest = head_dim - d;
-        const __mmask16 lanes = rest < kWidth ? static_cast<__mmask16>((1u << rest) - 1) : whole;
-        __m512i low = _mm512_setzero_si512(), high = low;
-        if (first != nullptr)
-            low = _mm512_maskz_cvtepu16_epi32(whole, _mm256_maskz_loadu_epi16(lanes, first + d));
-        if (second != nullptr) {
-            high = _mm512_maskz_cvtepu16_epi32(whole, _mm256_maskz_loadu_epi16(lanes, second + d));
-        }
-        store(target + d, (Vec)_mm512_or_si512(low, _mm512_maskz_slli_epi32(whole, high, 16)));
+        const __mmask32 present = rest < 2 * kWidth ? (__mmask32{1} << rest) - 1 : ~__mmask32{0};
+        const __m512i low = _mm512_maskz_loadu_epi16(first != nullptr ? present : 0, first + d);
+        const __m512i high = _mm512_maskz_loadu_epi16(second != nullptr ? present : 0, second + d);
+        store(target + d, (Vec)_mm512_permutex2var_epi16(low, low_order, high));
+        if (rest > kWidth) store(target + d + kWidth, (Vec)_mm512_permutex2var_epi16(low, high_order, high));
     }
 }
 
@@ -64,8 +67,7 @@ PF_INLINE Vec interleave(Vec a, Vec b) {
                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    const __m512i order = _mm512_load_si512(kOrder);
-    return (Vec)_mm512_maskz_permutexvar_epi16(0xFFFFFFFF, order, halves);
+    return (Vec)_mm512_maskz_permutexvar_epi16(0xFFFFFFFF, _mm512_load_si512(kOrder), halves);
 }
 
 // Rows of a tile as they are, where pairs along D are whole elements; else copied, zeros for masked keys.
@@ -102,29 +104,21 @@ inline Matrix tile_columns(Pairs, const KeyRun& run, const char* data, int64_t s
     return {target, target_stride};
 }
 
-inline const float* pack_keys(Pairs, const LaneBlock& block, const KeyTile& tile, const float* weights,
-                              int64_t step, Buffer& buffer) {
-    float* pairs = buffer.floats(kGroups * step);
-    for (int g = 0; g < block.groups; ++g) {
-        const float* from = weights + g * step;
-        for (int64_t j = 0; j < tile.needed[g]; j += 2) {
-            const Vec second = j + 1 < tile.needed[g] ? load(from + (j + 1) * kGroup) : Vec{};
-            store(pairs + g * step + j / 2 * kGroup, interleave(load(from + j * kGroup), second));
-        }
+// target[key / 2][16] = the weights of keys 0, 1, ...; target may be where they are read from
+template <class Weight>
+PF_INLINE void write_by_keys(Pairs, int64_t keys, float* target, Weight&& weight) {
+    int64_t j = 0;
+    for (; j + 2 <= keys; j += 2) {
+        const Vec first = weight(j), second = weight(j + 1);
+        store(target + j / 2 * kGroup, interleave(first, second));
     }
-    return pairs;
+    if (j < keys) store(target + j / 2 * kGroup, interleave(weight(j), Vec{}));
 }
 
-inline const float* pack_lanes(Pairs, const LaneBlock& block, const KeyTile& tile, const float* weights,
-                               int64_t step, Buffer& buffer) {
-    float* pairs = buffer.floats(kGroups * step);
-    for (int g = 0; g < block.groups; ++g) {
-        for (int64_t j = 0; j < tile.needed[g]; ++j) {
-            const __m256bh half = _mm512_cvtneps_pbh((__m512)load(weights + g * step + j * kGroup));
-            std::memcpy(pairs + g * step + j * (kGroup / 2), &half, sizeof(half));
-        }
-    }
-    return pairs;
+// target[key][16 / 2] = the weights of one key
+PF_INLINE void write_by_lanes(Pairs, int64_t key, float* target, Vec weight) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)weight);
+    std::memcpy(target + key * (kGroup / 2), &half, sizeof(half));
 }
 
 // The block's rows of a bfloat16 tensor, unscaled; zeros in idle lanes.
@@ -174,14 +168,13 @@ inline Matrix tile_columns(Singles, const KeyRun& run, const char* data, int64_t
     return tile_rows(run, data, stride, dtype, start, count, head_dim, reused, buffer);
 }
 
-inline const float* pack_keys(Singles, const LaneBlock&, const KeyTile&, const float* weights, int64_t,
-                              Buffer&) {
-    return weights;
+template <class Weight>
+PF_INLINE void write_by_keys(Singles, int64_t keys, float* target, Weight&& weight) {
+    for (int64_t j = 0; j < keys; ++j) store(target + j * kGroup, weight(j));
 }
 
-inline const float* pack_lanes(Singles, const LaneBlock&, const KeyTile&, const float* weights, int64_t,
-                               Buffer&) {
-    return weights;
+PF_INLINE void write_by_lanes(Singles, int64_t key, float* target, Vec weight) {
+    store(target + key * kGroup, weight);
 }
 
 inline void read_lanes(Singles, const TokenView& tensor, const LaneBlock& block, int64_t head_dim,

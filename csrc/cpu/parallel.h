@@ -83,11 +83,11 @@ enum Slot {
     kKeyTile,       // converted or cleaned keys          [key][D]
     kValueTile,     //
     kKeyColumns,    // pairs of keys                      [key / 2][D]
-    kPacked,        // p or ds in pairs                   [g][key][16]
+    kPacked,        // ds in pairs of lanes               [g][key][8]
     kQueryPairs,    // pairs of q's rows                  [lane / 2][D]
     kGradPairs,     // pairs of do's rows
     kDropout,       // 0 or 1 / (1 - p)                   [g][key][16]
-    kKept,          // dropped p                          [g][key][16]
+    kKept,          // dropped p, or p in pairs of lanes  [g][key][16]
     kOwnKeyGrad,    // dk of a row's own keys             [key][D]
     kOwnValueGrad,  //
     kCallSums,      // partial states of the whole call, owned by the calling thread

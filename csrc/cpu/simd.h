@@ -122,25 +122,35 @@ PF_INLINE float sum_lanes(Vec v) {
 }
 
 // 2^x for x <= 128, relative error below 2e-7; exactly 1 at 0, exactly 0 from -127 down (-inf included), NaN
-// at NaN.
+// at NaN. No denormal is ever made.
 //
-// x = n + f with f in [-1/2, 1/2]; adding 1.5 * 2^23 rounds x to the integer n and leaves it in the low
-// mantissa bits, from where a shift makes it an exponent. At n = -127 the exponent field is 0: the factor is
-// +0, and no denormal is ever made. The polynomial is the degree-5 minimax fit with constant term 1.
-PF_INLINE Vec exp2(Vec x) {
-    const Vec magic = broadcast(12582912.0f);
-    const Vec clamped = max(broadcast(-127.0f), x);
-    const Vec shifted = clamped + magic;
-    const Vec f = clamped - (shifted - magic);
-    const VecI exponent = ((VecI)shifted << 23) + broadcast_int(127 << 23);
+// x = n + f with integer n and f in [-1/2, 1/2]; 2^f by the degree-5 minimax polynomial with constant term 1.
+PF_INLINE Vec exp2_fraction(Vec f) {
     Vec poly = broadcast(0.0013264727197217184f);
     poly = fma(poly, f, broadcast(0.009671512639650576f));
     poly = fma(poly, f, broadcast(0.05550733743251899f));
     poly = fma(poly, f, broadcast(0.2402224208537506f));
     poly = fma(poly, f, broadcast(0.6931469775991641f));
-    poly = fma(poly, f, broadcast(1.0f));
-    return poly * (Vec)exponent;
+    return fma(poly, f, broadcast(1.0f));
 }
+
+#if defined(__AVX512F__)
+PF_INLINE Vec exp2(Vec x) {
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);
+    const __m512 n = _mm512_maskz_roundscale_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction(x - (Vec)n), n);
+}
+#else
+// Adding 1.5 * 2^23 rounds x to n and leaves it in the low mantissa bits, from where a shift makes it an
+// exponent. At n = -127 the exponent field is 0 and the factor +0.
+PF_INLINE Vec exp2(Vec x) {
+    const Vec magic = broadcast(12582912.0f);
+    const Vec clamped = max(broadcast(-127.0f), x);
+    const Vec shifted = clamped + magic;
+    const VecI exponent = ((VecI)shifted << 23) + broadcast_int(127 << 23);
+    return exp2_fraction(clamped - (shifted - magic)) * (Vec)exponent;
+}
+#endif
 
 // log2 of a positive normal x, absolute error below 1e-7; exactly 0 at 1, NaN at NaN and infinity.
 //
