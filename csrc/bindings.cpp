@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/peak.h"
 #include "cpu/problem.h"
 
 namespace py = pybind11;
@@ -304,6 +305,12 @@ py::list supported_isas() {
     return isas;
 }
 
+double read_tensor(int threads, py::handle tensor) {
+    const TensorInfo info = describe(tensor);
+    if (info.rank != 1) throw std::invalid_argument("expected a tensor of one dimension");
+    return prefix_fast::read_memory(threads, info.data, info.size[0] * bytes_of(float_type(info)));
+}
+
 bool has_openmp() {
 #if defined(_OPENMP)
     return true;
@@ -323,4 +330,8 @@ PYBIND11_MODULE(PREFIX_FAST_MODULE, m) {
     m.def("has_openmp", &has_openmp);
     m.def("scratch_bytes", [] { return prefix_fast::scratch_use().bytes.load(); });
     m.def("scratch_allocations", [] { return prefix_fast::scratch_use().allocations.load(); });
+    m.def("multiply_add", &prefix_fast::multiply_add);
+    m.def("multiply_pairs", &prefix_fast::multiply_pairs);
+    m.def("exponentiate", &prefix_fast::exponentiate);
+    m.def("read_memory", &read_tensor);
 }
