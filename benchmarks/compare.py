@@ -1,7 +1,7 @@
 """One comparison: parity first, then interleaved rounds of ours and of its rivals, then ratios of the fastest rounds.
 
-pytest-benchmark times ours; before each of its rounds every rival runs and is timed once. Whatever the machine does
-meanwhile, slow clocks or a busy neighbour, it does to all of them.
+pytest-benchmark times ours; before each of its rounds every rival runs and is timed once, and so is the machine's peak.
+Whatever the machine does meanwhile, slow clocks or a busy neighbour, it does to all of them.
 """
 
 import platform
@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from limits import Limits
 from torch import Tensor
 
 Run = Callable[[], tuple[Tensor, ...]]
@@ -27,17 +28,27 @@ class Contender:
         run: one round.
         rounds: at most so many timed rounds, for a rival that takes long. None: as many as ours.
         same_task: False if it does less than ours, so that its results are not compared.
+        check: a round without its random numbers, for the comparison of results. None: `run`.
     """
 
     name: str
     run: Run
     rounds: int | None = None
     same_task: bool = True
+    check: Run | None = None
+
+    def results(self) -> tuple[Tensor, ...]:
+        """What must agree."""
+        return (self.check or self.run)()
 
 
 @dataclass(frozen=True)
 class Row:
-    """Ours against one rival on one case. Seconds are those of the fastest round; ratio is rival over ours."""
+    """Ours against one rival on one case. Seconds are those of the fastest round; ratio is rival over ours.
+
+    Where the case has limits: the FLOP of its visible pairs, the bytes of its tensors, the time that the cost model
+    predicts, and the peak of the machine in FLOP a second, measured between the rounds.
+    """
 
     group: str
     case: str
@@ -48,6 +59,16 @@ class Row:
     error: float | None
     headline: bool
     notes: dict[str, Any] = field(default_factory=dict)
+    flop: float | None = None
+    bytes: float | None = None
+    predicted_seconds: float | None = None
+    peak: float | None = None
+    derived: ClassVar[tuple[str, ...]] = ("ratio", "of_peak")
+
+    @property
+    def of_peak(self) -> float | None:
+        """Ours as a part of the machine's peak."""
+        return None if self.flop is None or self.peak is None else self.flop / self.ours_seconds / self.peak
 
     @property
     def ratio(self) -> float:
@@ -55,8 +76,13 @@ class Row:
         return self.rival_seconds / self.ours_seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields and the ratio, for JSON."""
-        return {**asdict(self), "ratio": self.ratio}
+        """All fields and what follows from them, for JSON."""
+        return {**asdict(self), **{name: getattr(self, name) for name in self.derived}}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Row":
+        """The row of `as_dict`."""
+        return cls(**{name: value for name, value in fields.items() if name not in cls.derived})
 
 
 def parity_error(ours: Sequence[Tensor], rival: Sequence[Tensor], tolerance: float, name: str) -> float:
@@ -83,6 +109,7 @@ def compare(
     tolerance: float,
     headlines: Sequence[str] = (),
     notes: dict[str, Any] | None = None,
+    limits: Limits | None = None,
 ) -> list[Row]:
     """Check parity, time all in turn, and leave the rows in the benchmark's extra_info.
 
@@ -96,18 +123,22 @@ def compare(
         tolerance: of the parity check, as a part of the rival's largest value.
         headlines: names of the rivals whose row belongs in the picture.
         notes: further figures of the comparison, for the rows.
+        limits: what ours could reach on this machine.
     """
-    expected = ours.run()
+    expected = ours.results()
     errors = {
-        rival.name: parity_error(expected, rival.run(), tolerance, rival.name)
+        rival.name: parity_error(expected, rival.results(), tolerance, rival.name)
         if rival.same_task
         else rival.run() and None
         for rival in rivals
     }
     del expected
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    peaks: list[float] = []
 
     def run_rivals() -> None:
+        if limits is not None:
+            peaks.append(limits.peak())
         for rival in rivals:
             if len(seconds[rival.name]) < (rival.rounds or rounds):
                 start = time.perf_counter()
@@ -129,6 +160,7 @@ def compare(
             errors[rival.name],
             rival.name in headlines,
             notes or {},
+            **({} if limits is None else limits.figures(max(peaks))),
         )
         for rival in rivals
     ]
@@ -172,15 +204,14 @@ def duration(seconds: float) -> str:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """The rows as lines of text, rivals of one case together."""
-    cells = [("case", "ours", "rival", "rival's time", "ratio", "difference")]
+    cells = [("case", "ours", "GFLOP/s", "of peak", "predicted", "rival", "rival's time", "ratio", "difference")]
     last = None
     for row in rows:
         case = f"{row.group} · {row.case}"
         extra = "".join(f", {name} {value}" for name, value in row.notes.items())
         cells.append(
             (
-                case if case != last else "",
-                duration(row.ours_seconds) if case != last else "",
+                *((case, duration(row.ours_seconds), *limit_cells(row)) if case != last else ("",) * 5),
                 row.rival,
                 duration(row.rival_seconds),
                 f"{row.ratio:.2f}×",
@@ -190,3 +221,12 @@ def table(rows: Sequence[Row]) -> list[str]:
         last = case
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def limit_cells(row: Row) -> tuple[str, str, str]:
+    """GFLOP/s, the part of the peak, the predicted time and how far it is from the measured one."""
+    if row.flop is None or row.of_peak is None or row.predicted_seconds is None:
+        return "", "", ""
+    away = row.predicted_seconds / row.ours_seconds - 1
+    rate = row.flop / row.ours_seconds / 1e9
+    return f"{rate:.0f}", f"{row.of_peak:.0%}", f"{duration(row.predicted_seconds)} ({away:+.0%})"

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from compare import Row, machine, machine_line, table
+from limits import rates, rates_line
 
 ROWS = pytest.StashKey[list[Row]]()
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.png"
@@ -19,7 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("prefix_fast")
     group.addoption("--quick", action="store_true", help="small shapes, one round: shows that the benchmarks run")
     group.addoption(
-        "--plot", nargs="?", const=str(PICTURE), metavar="FILE", help="draw the ratios (docs/benchmarks.png)"
+        "--plot",
+        nargs="?",
+        const=str(PICTURE),
+        metavar="FILE",
+        help="draw the ratios (docs/benchmarks.png), and beside them roofline.png",
     )
 
 
@@ -49,7 +54,7 @@ def _same_start() -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """The facts that a figure depends on, for the JSON."""
-    machine_info["prefix_fast"] = machine()
+    machine_info["prefix_fast"] = {**machine(), "rates": rates()}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -57,13 +62,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    facts = machine()
+    facts, named = machine(), rates()
     terminalreporter.section("ratios: the rival's time over ours, fastest rounds, interleaved")
-    for line in (machine_line(facts), "", *table(rows)):
+    for line in (machine_line(facts), rates_line(named), "", *table(rows)):
         terminalreporter.line(line)
     if config.getoption("--plot"):
-        from plot import draw
+        from plot import draw, draw_roofline
 
         path = Path(config.getoption("--plot"))
+        roofline = path.with_name("roofline.png")
         draw([row for row in rows if row.headline], machine_line(facts), path)
-        terminalreporter.line(f"\npicture: {path}")
+        draw_roofline(rows, named, machine_line(facts), roofline)
+        terminalreporter.line(f"\npictures: {path}, {roofline}")

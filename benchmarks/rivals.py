@@ -40,7 +40,8 @@ class Merge(torch.autograd.Function):
         own, own_lse = flash(query, key, value, is_causal=causal)
         shared, shared_lse = unstack_rows(stacked, rows), unstack_rows(stacked_lse, rows)
         lse = torch.logaddexp(shared_lse, own_lse)
-        out = shared * (shared_lse - lse).exp().unsqueeze(-1) + own * (own_lse - lse).exp().unsqueeze(-1)
+        shared_part, own_part = ((x - lse).exp().unsqueeze(-1).to(query.dtype) for x in (shared_lse, own_lse))
+        out = shared * shared_part + own * own_part
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, lse)
         ctx.causal = causal
         return out
@@ -66,3 +67,24 @@ class Merge(torch.autograd.Function):
 def merge(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
     """`Merge` as a function."""
     return Merge.apply(query, key, value, prefix_key, prefix_value)
+
+
+def gemm_merge(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
+    """The strongest rival in decoding: matrix products, the prefix's over the stacked queries, merged by their sums.
+
+    m = max(m₁, m₂), out = (O₁ e^{m₁ - m} + O₂ e^{m₂ - m}) / (l₁ e^{m₁ - m} + l₂ e^{m₂ - m}); all keys are visible.
+    """
+    scaled = query * query.shape[-1] ** -0.5
+    shared = [unstack_rows(x, query.shape[0]) for x in _softmax_parts(stack_rows(scaled), prefix_key, prefix_value)]
+    own = _softmax_parts(scaled, key, value)
+    maximum = torch.maximum(shared[0], own[0])
+    left, right = (shared[0] - maximum).exp_(), (own[0] - maximum).exp_()
+    return (shared[2] * left + own[2] * right) / (shared[1] * left + own[1] * right)
+
+
+def _softmax_parts(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum of weights, and weighted sum of values."""
+    scores = query @ key.transpose(-1, -2)
+    maximum = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(maximum).exp_()
+    return maximum, weights.sum(-1, keepdim=True), weights @ value

@@ -49,13 +49,21 @@ def visible_keys(query: Tensor, key: Tensor, prefix_key: Tensor) -> Tensor:
 
 
 def concatenation_attention(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, mask: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    mask: Tensor,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """What PEFT and transformers do with a prefix [1, H, P, D]: a copy for every row, concatenated, then SDPA."""
+    """What PEFT and transformers do with a prefix [1, Hkv, P, D]: a copy for every row, concatenated, then SDPA."""
     B = query.shape[0]
     keys = torch.cat([prefix_key.expand(B, -1, -1, -1), key], dim=2)
     values = torch.cat([prefix_value.expand(B, -1, -1, -1), value], dim=2)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout_p, enable_gqa=grouped)
 
 
 def measure(

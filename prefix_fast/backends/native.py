@@ -32,7 +32,7 @@ _modules: dict[str | None, ModuleType] = {}  # level, or what the environment as
 def availability() -> str | None:
     """None where the backend can run; otherwise why not."""
     try:
-        _module()
+        extension()
     except (ImportError, NotImplementedError) as error:
         return str(error)
     return None
@@ -55,7 +55,7 @@ def unsupported_reasons(facts: Facts) -> list[str]:
 
 def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Write every element of out and of lse; see `reference` for the formula."""
-    _module().forward(problem, out, lse, torch.get_num_threads())
+    extension().forward(problem, out, lse, torch.get_num_threads())
 
 
 def backward(
@@ -64,7 +64,7 @@ def backward(
     """Write every element of every gradient that is wanted, and compute no other."""
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    _module().backward(problem, out, lse, grad_out, grad_lse, grads, torch.get_num_threads())
+    extension().backward(problem, out, lse, grad_out, grad_lse, grads, torch.get_num_threads())
 
 
 def chosen_isa() -> str:
@@ -99,7 +99,7 @@ def description() -> dict[str, str]:
     }
 
 
-def _module() -> ModuleType:
+def extension() -> ModuleType:
     """The extension that serves calls now; the environment is read every time, so that tests can change it."""
     forced = os.environ.get("PREFIX_FAST_CPU_ISA")
     module = _modules.get(forced)

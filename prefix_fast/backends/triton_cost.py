@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from prefix_fast.backends.shapes import Shape
 from prefix_fast.backends.triton_config import Device, Tile, padded
 
 
@@ -53,55 +54,6 @@ SHORT = {
     "interpreter": {64: 64, 128: 64}, "sm_90": {64: 32}, "sm_100": {64: 32}, "gfx942": {64: 64},
 }  # fmt: skip
 SPLIT_QUERIES = 64  # queries of a row from which on the one-pass forward fills its tiles
-
-
-class Shape(NamedTuple):
-    """What is static about a call. Packed sets count as segments of their average length."""
-
-    rows: int  # B
-    heads: int  # H
-    kv_heads: int  # Hkv
-    queries: int  # Tq
-    keys: int  # Tk
-    head_dim: int
-    element: int  # bytes of one number of query, key and value
-    sets: tuple[tuple[int, int], ...]  # (N, P) of each shared set
-    causal: bool = True
-    tf32: bool = False
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Keys of a row's chain: its segment of each set, then its own."""
-        return (*(size for _, size in self.sets), self.keys)
-
-    @property
-    def shared_pairs(self) -> int:
-        """(query, key) pairs of one head over the shared segments, all rows together."""
-        return self.rows * self.queries * sum(size for _, size in self.sets)
-
-    @property
-    def pairs(self) -> int:
-        """Visible (query, key) pairs of one head, all rows together; the last query sees all keys of its row."""
-        own = self.queries * self.keys
-        if self.causal:
-            seeing = min(self.queries, self.keys)
-            own = seeing * self.keys - seeing * (seeing - 1) // 2
-        return self.shared_pairs + self.rows * own
-
-    @property
-    def shared_bytes(self) -> float:
-        """Of the keys and values of all shared segments."""
-        return 2 * self.kv_heads * self.head_dim * self.element * sum(count * size for count, size in self.sets)
-
-    @property
-    def own_bytes(self) -> float:
-        """Of the rows' own keys and values."""
-        return 2 * self.rows * self.kv_heads * self.keys * self.head_dim * self.element
-
-    @property
-    def query_bytes(self) -> float:
-        """Of the queries; as many as of the output."""
-        return self.rows * self.heads * self.queries * self.head_dim * self.element
 
 
 def card_of(device: Device | Card) -> Card:
