@@ -1,33 +1,37 @@
 """The cost model of the C++ kernels: the time that a call should need on the machine at hand.
 
-    t = Σ_w cost[w] · work[w] / rate[w]
+    t = Σ_phases (share of the busiest thread) · Σ_w cost[w] · work[w] / rate[w]
 
 `work` is what the kernels (csrc/cpu) do for a call's shapes, counted: products of whole register tiles, idle lanes
 included, sums that the tiles read and write, exponentials, rows that are transposed, bytes. `rate` is measured, by
 `measure`: what the registers multiply and add, the exponentials of a softmax, bytes a second from a working set of that
-size, and the time of a call that computes next to nothing; the time of starting the threads is added. `cost`, how far
-the kernels stay behind these rates, is one number for each kind of work and arithmetic, fitted to measured times.
+size, the time of a call that computes next to nothing and that of starting the threads. `cost`, how far the kernels
+stay behind these rates, is one number for each kind of work and arithmetic, fitted to measured times.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from prefix_fast.backends import native
 from prefix_fast.backends.problem import Problem, SegmentSet
 from prefix_fast.backends.shapes import Shape
 
-# Sizes in csrc/cpu, which the counts follow: lanes of a group and of a block of queries, keys of a tile, and the bounds
-# that choose a path.
+# Constants of csrc/cpu, which the counts follow: lanes of a group and of a block of queries, keys of a tile, and what
+# decides how a call is cut.
 SIZES = {
     "kGroup": 16, "kLanes": 64, "kForwardTile": 128, "kBackwardTile": 64, "kFewQueries": 4, "kFoldedQueries": 32,
-    "kFoldedReaders": 8, "kMinimumItems": 16, "kMinimumChunk": 128, "kChunkQueries": 512, "kMaximumChunks": 16,
+    "kFoldedReaders": 8, "kItems": 256, "kMinimumChunk": 256, "kLaneChunk": 256, "kRowPiece": 128, "kPartItems": 192,
+    "kPartBytes": 1 << 27, "kKeyItems": 128, "kMinimumKeys": 256, "kFoldedExtent": 32, "kFewItems": 48,
 }  # fmt: skip
+GROUP, LANES = SIZES["kGroup"], SIZES["kLanes"]
 WORKING_SETS = (1 << 18, 1 << 22, 1 << 24, 1 << 25, 1 << 27)  # bytes from which the bandwidth is measured
 
 
@@ -37,7 +41,7 @@ class Work(NamedTuple):
     products: float = 0.0  # FLOP of the register tiles, idle lanes included
     sums: float = 0.0  # numbers that the tiles read and write, pairs of bfloat16 that are made of them included
     weights: float = 0.0  # exponentials, idle lanes included
-    rows: float = 0.0  # numbers that are transposed, converted or merged
+    rows: float = 0.0  # numbers that are transposed, converted, merged or added up
     few: float = 0.0  # FLOP of the path that has the head dim on the lanes
     draws: float = 0.0  # random numbers of dropout, idle lanes included
     bytes: float = 0.0  # of tensors
@@ -63,13 +67,13 @@ class Work(NamedTuple):
 
 # Fitted by `python -I benchmarks/costs.py`, which measures again and prints these lines.
 COSTS: dict[str, Work] = {
-    "avx512": Work(1.14, 0, 1.76, 56.9, 5.4, 96.5, 1.08, 0.85),
-    "avx512_bf16": Work(0.875, 12.3, 0.907, 19.5, 5.31, 94.6, 4.09, 6.75),
-    "avx512, halves": Work(1.05, 11.3, 0.649, 14.9, 7.07, 105, 3.74, 0),
-    "avx2": Work(0.999, 11.7, 2.57, 61.1, 5.62, 131, 1.08, 0),
-    "avx2, halves": Work(0.971, 18.3, 1.19, 14.7, 7.67, 107, 3.46, 0),
     "generic": Work(1.64, 0, 1.75, 45.9, 0.944, 348, 2.7, 10.5),
     "generic, halves": Work(1.09, 25.3, 0.667, 25.5, 8.43, 300, 1.95, 17.9),
+    "avx2": Work(1.09, 4.8, 2.13, 35.9, 1.93, 121, 1.63, 17.7),
+    "avx2, halves": Work(1.11, 11.7, 1.61, 3.74, 4.65, 156, 4.68, 17.7),
+    "avx512": Work(1.04, 10.2, 2.23, 58.6, 3.02, 64.5, 0.738, 17.9),
+    "avx512, halves": Work(1.05, 20.1, 1.59, 0, 4.86, 80.7, 3.66, 17.9),
+    "avx512_bf16": Work(0.791, 18.4, 2.28, 12, 4.68, 121, 3.69, 17.2),
 }  # fmt: skip
 
 
@@ -90,24 +94,25 @@ class Machine(NamedTuple):
         (size, rate), *larger = self.bandwidths
         for next_size, next_rate in larger:
             if working_set <= next_size:
-                part = max(0.0, math.log(working_set / size) / math.log(next_size / size))
+                part = max(0.0, math.log(max(working_set, 1.0) / size) / math.log(next_size / size))
                 return rate * (next_rate / rate) ** part
             size, rate = next_size, next_rate
         return rate
 
     def peak(self, dtype: torch.dtype) -> float:
         """FLOP a second of the products of a call with tensors of that dtype."""
-        return self.pair_multiply_adds if self._pairs(dtype) else self.multiply_adds
+        return self.pair_multiply_adds if self.multiplies_pairs(dtype) else self.multiply_adds
+
+    def multiplies_pairs(self, dtype: torch.dtype) -> bool:
+        """Whether the kernels multiply pairs of such numbers."""
+        return dtype == torch.bfloat16 and self.pair_multiply_adds > 0
 
     def arithmetic(self, dtype: torch.dtype) -> str:
         """The entry of COSTS."""
-        if self._pairs(dtype):
+        if self.multiplies_pairs(dtype):
             return self.level
         level = self.level.removesuffix("_bf16")  # the same kernels
         return level if dtype == torch.float32 else f"{level}, halves"
-
-    def _pairs(self, dtype: torch.dtype) -> bool:
-        return dtype == torch.bfloat16 and self.pair_multiply_adds > 0
 
 
 def measure(rounds: int = 10) -> Machine:
@@ -135,14 +140,28 @@ def measure(rounds: int = 10) -> Machine:
 
 def _overhead(rounds: int) -> float:
     """Seconds of a forward call with one query and two keys: reading the problem's attributes, nearly all of it."""
-    query, out = torch.ones(1, 1, 1, 16), torch.empty(1, 1, 1, 16)
-    segment = SegmentSet(query, query, None, None, None, None, False)
+    problem, out = _problem(Shape(1, 1, 1, 1, 1, 16, 4, ((1, 1),))), torch.empty(1, 1, 1, 16)
+    return _least_seconds(lambda: native.forward(problem, out, out[..., 0]), rounds)
+
+
+def _problem(shape: Shape) -> Problem:
+    """A call of that shape, of zeros that take no memory."""
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(shape.head_dim).expand(*sizes, shape.head_dim)
+
+    kv_heads = shape.kv_heads
+    sets = []
+    for count, size in shape.sets:
+        keys, ids = zeros(count, kv_heads, size), torch.arange(shape.rows) % max(count, 1)
+        sets.append(SegmentSet(keys, keys, ids if count > 1 else None, None, None, None, False))
+    own = zeros(shape.rows, kv_heads, shape.keys)
     nothing = dict.fromkeys(
         ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "key_mask", "attn_bias", "query_offset",
          "window", "softcap", "sinks", "dropout_seed")
     )  # fmt: skip
-    problem = Problem(query, query, query, (segment,), is_causal=True, dropout_p=0.0, scale=0.25, **nothing)
-    return _least_seconds(lambda: native.forward(problem, out, out[..., 0]), rounds)
+    query = zeros(shape.rows, shape.heads, shape.queries)
+    return Problem(query, own, own, tuple(sets), is_causal=shape.causal, dropout_p=0.0, scale=1.0, **nothing)
 
 
 def _least_seconds(run: Callable[[], object], rounds: int) -> float:
@@ -157,8 +176,7 @@ def _least_seconds(run: Callable[[], object], rounds: int) -> float:
 def forward_seconds(machine: Machine, shape: Shape, dtype: torch.dtype = torch.float32, dropout: bool = False) -> float:
     """Predicted time of `prefix_attention` without gradients."""
     limits = forward_limits(machine, shape, dtype, dropout)
-    regions = sum(tasks > 1 for _, tasks in (folded_work(shape), walked_work(shape)))
-    return limits.times(COSTS[machine.arithmetic(dtype)]).total + regions * machine.region
+    return limits.times(COSTS[machine.arithmetic(dtype)]).total + _starting(machine, shape, "forward")
 
 
 def backward_seconds(
@@ -166,145 +184,206 @@ def backward_seconds(
 ) -> float:
     """Predicted time of the gradients of all inputs."""
     limits = backward_limits(machine, shape, dtype, dropout)
-    regions = 1 + len(shape.sets)  # the rows, then the parts of each set
-    return limits.times(COSTS[machine.arithmetic(dtype)]).total + regions * machine.region
+    return limits.times(COSTS[machine.arithmetic(dtype)]).total + _starting(machine, shape, "backward")
 
 
-def forward_limits(machine: Machine, shape: Shape, dtype: torch.dtype = torch.float32, dropout: bool = False) -> Work:
-    """Seconds of each kind of work in a forward call, were it done at the machine's rate."""
+def forward_limits(machine: Machine, shape: Shape, dtype: torch.dtype, dropout: bool = False) -> Work:
+    """Seconds of each kind of work in a forward call, were it done at the machine's rates."""
     shape = shape._replace(element=dtype.itemsize)
-    shared, tasks = folded_work(shape)
-    rows, blocks = walked_work(shape)
-    limits = _seconds(machine, shared, dtype, tasks).plus(_seconds(machine, rows, dtype, blocks))
     moved = shape.shared_bytes + shape.own_bytes + 2 * shape.query_bytes
-    return _whole_call(machine, limits, moved, dropout)
+    return _limits(machine, shape, "forward", forward_work(shape), moved, dtype, dropout)
 
 
-def backward_limits(machine: Machine, shape: Shape, dtype: torch.dtype = torch.float32, dropout: bool = False) -> Work:
-    """Seconds of each kind of work in a backward call, were it done at the machine's rate."""
+def backward_limits(machine: Machine, shape: Shape, dtype: torch.dtype, dropout: bool = False) -> Work:
+    """Seconds of each kind of work in a backward call, were it done at the machine's rates."""
     shape = shape._replace(element=dtype.itemsize)
-    work, tasks = backward_work(shape, machine.arithmetic(dtype) == "avx512_bf16")
     moved = 2 * (shape.shared_bytes + shape.own_bytes) + 4 * shape.query_bytes
-    return _whole_call(machine, _seconds(machine, work, dtype, tasks), moved, dropout)
+    work = backward_work(shape, machine.multiplies_pairs(dtype))
+    return _limits(machine, shape, "backward", work, moved, dtype, dropout)
 
 
-def _whole_call(machine: Machine, limits: Work, moved: float, dropout: bool) -> Work:
-    return limits._replace(
-        draws=limits.draws if dropout else 0.0,
-        bytes=moved / machine.bandwidth(moved),
-        calls=machine.overhead,
-    )
+def _limits(
+    machine: Machine, shape: Shape, name: str, phases: tuple[Work, ...], moved: float, dtype: torch.dtype, dropout: bool
+) -> Work:
+    adds = 1 / machine.multiply_adds
+    draws = adds if dropout else 0.0
+    seconds = Work(1 / machine.peak(dtype), adds, 1 / machine.exponentials, adds, adds, draws)
+    limits = Work(bytes=moved / machine.bandwidth(moved), calls=machine.overhead)
+    for work, items in zip(phases, _partition(shape, name), strict=True):
+        limits = limits.plus(work.times(seconds).scaled(machine.threads * busiest_share(items, machine.threads)))
+    return limits
 
 
-def _seconds(machine: Machine, work: Work, dtype: torch.dtype, tasks: int) -> Work:
-    """Of the thread with the most tasks."""
-    if tasks == 0:
-        return Work()
-    share = math.ceil(tasks / machine.threads) / tasks * machine.threads
-    adds, exponentials = share / machine.multiply_adds, share / machine.exponentials
-    products = share / machine.peak(dtype)
-    return work.times(Work(products, adds, exponentials, adds, adds, adds))
+def _starting(machine: Machine, shape: Shape, name: str) -> float:
+    return machine.region * sum(len(items) > 1 for items in _partition(shape, name))
+
+
+def _partition(shape: Shape, name: str) -> list[list[int]]:
+    """For each phase of the call, what its items cost, in the order in which threads take them."""
+    partition: list[list[int]] = native.extension().partition(_problem(shape), name)
+    return partition
+
+
+def busiest_share(items: list[int], threads: int) -> float:
+    """The part of all the work that the busiest of so many threads does, each taking the next item when it is free."""
+    ends = [0] * threads
+    for item in items:
+        heapq.heapreplace(ends, ends[0] + item)
+    return max(ends) / max(sum(items), 1) if any(items) else 1.0
+
+
+class Cut(NamedTuple):
+    """What the counts need to know of how a call is cut."""
+
+    lanes: int  # of a row: queries times heads of a group
+    head_lanes: int  # of all rows, under one key/value head
+    pieces: int  # rows times key/value heads
+
+
+def _cut(shape: Shape) -> Cut:
+    lanes = shape.queries * shape.heads // shape.kv_heads
+    return Cut(lanes, shape.rows * lanes, shape.rows * shape.kv_heads)
+
+
+def rows_fold(shape: Shape, segments: int) -> bool:
+    """Whether rows alone would leave most lanes idle, and others read the same segments."""
+    cut = _cut(shape)
+    many = cut.head_lanes >= SIZES["kFoldedReaders"] * max(segments, 1)
+    return cut.lanes <= SIZES["kFoldedQueries"] and shape.rows > 1 and many
+
+
+def folds_forward(shape: Shape, segments: int, size: int) -> bool:
+    """Whether a set is served segment-major: short rows are folded, long segments cut where there is little else."""
+    cut = _cut(shape)
+    items = shape.kv_heads * min(shape.rows * math.ceil(cut.lanes / LANES), shape.rows + cut.head_lanes // LANES)
+    short_of_work = items < SIZES["kItems"] / 2 and size >= 2 * SIZES["kMinimumChunk"]
+    return short_of_work or rows_fold(shape, segments)
+
+
+def lane_chunk(shape: Shape, least: int) -> int:
+    """Lanes that sum their part of a gradient together: `least`, unless that made too many parts or too large ones."""
+    cut, keys = _cut(shape), sum(size for _, size in shape.sets)
+    keys += shape.keys if cut.pieces < SIZES["kFewItems"] else 0
+    lanes = cut.head_lanes * shape.kv_heads
+    of_bytes = math.ceil(8 * lanes * keys * _padded(shape.head_dim, GROUP) / SIZES["kPartBytes"])
+    return _padded(max(least, math.ceil(lanes / SIZES["kPartItems"]), of_bytes), LANES)
+
+
+def folds_backward(shape: Shape, segments: int, size: int) -> bool:
+    """As `folds_forward`; a chunk of lanes is read once more for it."""
+    cut = _cut(shape)
+    items = shape.kv_heads * math.ceil(cut.head_lanes / lane_chunk(shape, SIZES["kLaneChunk"]))
+    idle = cut.lanes < LANES and 8 * _padded(cut.lanes, GROUP) > 9 * cut.lanes
+    short_of_work = items < SIZES["kFewItems"] and size >= 4 * SIZES["kMinimumKeys"]
+    return short_of_work or (idle and rows_fold(shape, segments) and size >= SIZES["kFoldedExtent"])
+
+
+def key_chunks(size: int, target: int, items: int, minimum: int) -> int:
+    """Chunks into which a segment's keys are cut, so that `items` become `target` unless chunks were too short."""
+    chunk = max(minimum, _padded(math.ceil(size / math.ceil(target / max(items, 1))), 128))
+    return math.ceil(size / chunk)
 
 
 def own_keys(shape: Shape) -> list[int]:
     """Own keys that each group of 16 lanes of a row needs; lanes run over (query, head of the group)."""
-    group = shape.heads // shape.kv_heads
-    lanes, needed = shape.queries * group, []
-    for first in range(0, lanes, SIZES["kGroup"]):
-        last_query = min(first + SIZES["kGroup"], lanes) - 1
-        visible = last_query // group + shape.keys - shape.queries + 1 if shape.causal else shape.keys
+    lanes, needed = _cut(shape).lanes, []
+    for first in range(0, lanes, GROUP):
+        last_query = (min(first + GROUP, lanes) - 1) // (shape.heads // shape.kv_heads)
+        visible = last_query + shape.keys - shape.queries + 1 if shape.causal else shape.keys
         needed.append(min(max(visible, 0), shape.keys))
     return needed
 
 
-def _ends_block(index: int, groups: list[int]) -> bool:
-    blocks = SIZES["kLanes"] // SIZES["kGroup"]
-    return (index + 1) % blocks == 0 or index == len(groups) - 1
-
-
-def folded(shape: Shape, segments: int) -> bool:
-    """Whether the queries of all rows that read a segment are folded into the lanes of one product."""
-    lanes = shape.queries * shape.heads // shape.kv_heads
-    enough = shape.rows * lanes >= SIZES["kFoldedReaders"] * max(segments, 1)
-    return lanes <= SIZES["kFoldedQueries"] and shape.rows > 1 and enough
-
-
-def folded_work(shape: Shape) -> tuple[Work, int]:
-    """(work, tasks) of the sets whose readers are folded: scores, weights and float32 partial results."""
-    lanes, D = shape.queries * shape.heads // shape.kv_heads, shape.head_dim
-    total, tasks = Work(), 0
-    for segments, size in shape.sets:
-        if not folded(shape, segments) or size == 0:
+def forward_work(shape: Shape) -> tuple[Work, Work]:
+    """Of the sets that are served segment-major, and of the rows."""
+    cut, D, shared, rows = _cut(shape), shape.head_dim, Work(), Work()
+    walked = []
+    for count, size in shape.sets:
+        if not folds_forward(shape, count, size):
+            walked.append(size)
             continue
-        used = min(segments, shape.rows)  # segments that rows read, equally many each
-        groups = used * math.ceil(shape.rows * lanes / used / SIZES["kGroup"])
-        blocks = used * math.ceil(shape.rows * lanes / used / SIZES["kLanes"])
-        splits = math.ceil(SIZES["kMinimumItems"] / (shape.kv_heads * max(shape.rows * lanes // SIZES["kLanes"], 1)))
-        least = SIZES["kMinimumChunk"]
-        chunk = max(least, math.ceil(math.ceil(size / splits) / least) * least)
-        chunks = math.ceil(size / chunk)
-        work = _forward_tiles(D, groups, [size], shape.element < 4, blocks)
-        # Queries and sums are transposed for every chunk; partial results are written and merged.
-        rows = work.rows + 2 * D * chunks * (groups * SIZES["kGroup"] + shape.rows * lanes)
-        total = total.plus(work._replace(rows=rows))
-        tasks += shape.kv_heads * blocks * chunks
-    return total.scaled(shape.kv_heads), tasks
-
-
-def walked_work(shape: Shape) -> tuple[Work, int]:
-    """(work, tasks) of the rows: each walks its own keys and what is not folded."""
-    lanes, D = shape.queries * shape.heads // shape.kv_heads, shape.head_dim
-    walked = [size for segments, size in shape.sets if not folded(shape, segments)]
-    own, pieces = own_keys(shape), shape.rows * shape.kv_heads
-    if not own:
-        return Work(), 0
-    if lanes <= SIZES["kFewQueries"]:
-        work = Work(few=4.0 * D * lanes * (sum(walked) + own[-1]), rows=2.0 * D * lanes)
+        used = max(1, min(count, shape.rows))  # segments that rows read, equally many each
+        blocks = max(math.ceil(cut.head_lanes / LANES), count)
+        chunks = key_chunks(size, SIZES["kItems"], shape.kv_heads * blocks, SIZES["kMinimumChunk"])
+        if cut.head_lanes <= SIZES["kFewQueries"] * count:
+            shared = shared.plus(Work(few=4.0 * D * cut.head_lanes * size))
+        else:
+            groups, blocks = (used * math.ceil(cut.head_lanes / used / lanes) for lanes in (GROUP, LANES))
+            shared = shared.plus(_forward_tiles(shape, groups, blocks, size))
+            shared = shared.plus(Work(rows=2.0 * D * GROUP * groups * chunks))  # queries and sums, transposed
+        rows = rows.plus(Work(rows=2.0 * D * cut.head_lanes * chunks / shape.rows))  # partial results, merged
+    if cut.lanes <= SIZES["kFewQueries"]:
+        keys = sum(walked) + (own_keys(shape)[-1] if cut.lanes else 0)
+        rows = rows.plus(Work(few=4.0 * D * cut.lanes * keys, rows=2.0 * D * cut.lanes))
     else:
-        work = Work(rows=2.0 * D * SIZES["kGroup"] * len(own))
-        for index, needed in enumerate(own):
-            last = _ends_block(index, own)
-            work = work.plus(_forward_tiles(D, 1, [*walked, needed], shape.element < 4, int(last)))
-    return work.scaled(pieces), pieces * math.ceil(lanes / SIZES["kLanes"])
+        for index, needed in enumerate(own_keys(shape)):
+            rows = rows.plus(Work(rows=2.0 * D * GROUP))
+            for size in (*walked, needed):
+                rows = rows.plus(_forward_tiles(shape, 1, int(_ends_block(shape, index)), size))
+    return shared.scaled(shape.kv_heads), rows.scaled(cut.pieces)
 
 
-def _forward_tiles(D: int, groups: int, runs: list[int], halves: bool, blocks: int) -> Work:
-    """Of groups of lanes that all walk these runs of keys; halves are converted, once for a block."""
-    keys = sum(runs)
-    scores = float(SIZES["kGroup"] * groups * keys)
-    tiles = groups * sum(math.ceil(size / SIZES["kForwardTile"]) for size in runs)
+def _forward_tiles(shape: Shape, groups: int, blocks: int, keys: int) -> Work:
+    """Of so many groups of lanes, in so many blocks, that walk these keys."""
+    D, scores = shape.head_dim, float(GROUP * groups * keys)
+    tiles = groups * math.ceil(keys / SIZES["kForwardTile"])
     return Work(
         products=4 * D * scores,  # K Q^T, V^T P
-        sums=scores + 2 * D * SIZES["kGroup"] * tiles,  # S written, O read and written
+        sums=scores + 2 * D * GROUP * tiles,  # S written, O read and written
         weights=scores,
-        rows=2.0 * D * keys * blocks if halves else 0.0,
+        rows=2.0 * D * keys * blocks if shape.element < 4 else 0.0,  # converted
         draws=scores,
     )
 
 
-def backward_work(shape: Shape, pairs: bool = False) -> tuple[Work, int]:
-    """(work, tasks) of all gradients: five products over the keys that a row sees, for a chunk of rows at a time."""
-    lanes, D, tile = shape.queries * shape.heads // shape.kv_heads, shape.head_dim, SIZES["kBackwardTile"]
-    shared, own, pieces = [size for _, size in shape.sets], own_keys(shape), shape.rows * shape.kv_heads
-    work = Work(rows=5.0 * D * SIZES["kGroup"] * len(own))  # q, twice; do, o, dq
-    for index, needed in enumerate(own):
-        runs = [*shared, needed]
-        scores = float(SIZES["kGroup"] * sum(runs))
-        tiles = sum(math.ceil(size / tile) for size in runs)
-        last = _ends_block(index, own)
-        work = work.plus(
-            Work(
-                products=10 * D * scores,
-                sums=2 * scores + 2 * D * SIZES["kGroup"] * tiles + (4 * D * sum(runs) if last else 0),  # dq; dk, dv
-                weights=scores,
-                rows=(3.0 if pairs else 2.0) * D * sum(runs) if last and shape.element < 4 else 0.0,
-                draws=scores,
-            )
-        )
-    chunk = max(math.ceil(SIZES["kChunkQueries"] / max(lanes, 1)), math.ceil(shape.rows / SIZES["kMaximumChunks"]))
-    chunks = math.ceil(shape.rows / chunk)
-    work = work.scaled(pieces)
-    if chunks > 1:  # partial sums, cleared and added
-        parts = 4.0 * D * chunks * shape.kv_heads * sum(segments * size for segments, size in shape.sets)
-        work = work._replace(rows=work.rows + parts)
-    return work, chunks * shape.kv_heads
+def backward_work(shape: Shape, pairs: bool = False) -> tuple[Work, Work, Work]:
+    """Of all gradients: of the sets that are served segment-major, of the rows, and of the sums of their parts."""
+    cut, D = _cut(shape), shape.head_dim
+    chunk = lane_chunk(shape, SIZES["kLaneChunk"])
+    shared, rows, parts = Work(), Work(), 0.0
+    walked = []
+    row_chunks = math.ceil(shape.rows / max(1, math.ceil(chunk / max(cut.lanes, 1))))
+    if cut.pieces < SIZES["kFewItems"]:  # rows are split
+        few = cut.head_lanes * shape.kv_heads < SIZES["kFewItems"] * SIZES["kLaneChunk"]
+        piece = lane_chunk(shape, SIZES["kRowPiece"]) if few else chunk
+        if cut.lanes > piece:
+            row_chunks = shape.rows * math.ceil(cut.lanes / piece)
+            parts += row_chunks * shape.keys
+    for count, size in shape.sets:
+        if not folds_backward(shape, count, size):
+            walked.append(size)
+            parts += count * size * row_chunks if row_chunks > 1 else 0
+            continue
+        used = max(1, min(count, shape.rows))
+        groups, blocks = (used * math.ceil(cut.head_lanes / used / lanes) for lanes in (GROUP, LANES))
+        lane_chunks = max(math.ceil(cut.head_lanes / chunk), count)
+        chunks = key_chunks(size, SIZES["kKeyItems"], shape.kv_heads * lane_chunks, SIZES["kMinimumKeys"])
+        shared = shared.plus(_backward_tiles(shape, groups, blocks, size, pairs))
+        shared = shared.plus(Work(rows=6.0 * D * GROUP * groups * chunks))  # q, twice; do, o, dq; its partial sum
+        of_segment = math.ceil(cut.head_lanes / used / chunk)
+        parts += used * size * of_segment if of_segment > 1 else 0
+    for index, needed in enumerate(own_keys(shape)):
+        rows = rows.plus(Work(rows=5.0 * D * GROUP))
+        for size in (*walked, needed):
+            rows = rows.plus(_backward_tiles(shape, 1, int(_ends_block(shape, index)), size, pairs))
+    return shared.scaled(shape.kv_heads), rows.scaled(cut.pieces), Work(rows=4.0 * D * shape.kv_heads * parts)
+
+
+def _backward_tiles(shape: Shape, groups: int, blocks: int, keys: int, pairs: bool) -> Work:
+    D, scores = shape.head_dim, float(GROUP * groups * keys)
+    tiles = groups * math.ceil(keys / SIZES["kBackwardTile"])
+    return Work(
+        products=10 * D * scores,
+        sums=2 * scores + 2 * D * GROUP * tiles + 4 * D * keys * blocks,  # S, dP; dQ; dK, dV
+        weights=scores,
+        rows=(3.0 if pairs else 2.0) * D * keys * blocks if shape.element < 4 else 0.0,  # converted
+        draws=scores,
+    )
+
+
+def _ends_block(shape: Shape, group: int) -> bool:
+    return (group + 1) % (LANES // GROUP) == 0 or (group + 1) * GROUP >= _cut(shape).lanes
+
+
+def _padded(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple
