@@ -75,7 +75,7 @@ test-sanitize: $(STAMP)  ## the C++ kernels under Address-, UndefinedBehavior- a
 		ASAN_OPTIONS=detect_leaks=0,$(NATIVE_TESTS))
 	$(call sanitized,thread,-fsanitize=thread,libtsan.so,TSAN_OPTIONS=ignore_noninstrumented_modules=1,$(THREAD_TESTS))
 
-bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png
+bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png, docs/roofline.png
 	@mkdir -p benchmarks/results
 	@$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet --plot \
 		--benchmark-json benchmarks/results/latest.json $(ARGS)
