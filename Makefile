@@ -67,7 +67,7 @@ define sanitized
 		$(PYTHON) setup.py -q build_ext --build-lib build/sanitized/$(1) --build-temp build/sanitized/$(1)/objects
 	@LD_PRELOAD="$(foreach runtime,$(3),$$($${CXX:-g++} -print-file-name=$(runtime)))" \
 		$(4) PREFIX_FAST_NATIVE_FOLDER=build/sanitized/$(1)/prefix_fast \
-		$(PYTHON) -m pytest -q -p no:benchmark -p no:faulthandler --timeout 1800 -m "not slow" $(5) $(ARGS)
+		$(PYTHON) -m pytest -q -p no:benchmark -p no:faulthandler --capture=sys --timeout 1800 -m "not slow" $(5) $(ARGS)
 endef
 
 test-sanitize: $(STAMP)  ## the C++ kernels under Address-, UndefinedBehavior- and ThreadSanitizer
