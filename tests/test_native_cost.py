@@ -168,8 +168,12 @@ CHECKED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_predictions_are_within_a_quarter_of_measured_times(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_predictions_are_within_a_quarter_of_measured_times(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One thread's own processor time, the least of visits that go on while a busy machine spoils some of them."""
+    monkeypatch.setenv("PREFIX_FAST_CPU_ISA", level)
     torch.set_num_threads(1)
     cases = [Case(shape, dtype, backward) for shape, backward in CHECKED]
     least: dict[Case, float] = {}
