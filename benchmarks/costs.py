@@ -1,4 +1,7 @@
-"""Fits the costs of the CPU model to measured times: `costs.py` measures every level and prints the table's lines.
+"""Fits the costs of the CPU model to measured times: `python -I benchmarks/costs.py --write`.
+
+It measures every arithmetic of this machine, or those named as arguments, shows the error of each case, and prints the
+lines of the table in prefix_fast/backends/native_cost.py; `--write` puts them there.
 
 Times are those of one thread's own processor time, which a busy machine delays but does not change much: the least of
 several visits. A cost is never negative; the fit minimises the sum of the relative errors, so that a few times that a
@@ -7,9 +10,11 @@ neighbour has spoilt do not count.
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -132,9 +137,19 @@ def measured(known: Sequence[Case], visits: int) -> list[float]:
     return seconds
 
 
-def main(only: Sequence[str]) -> None:
-    """Measure and fit every arithmetic that this machine has, or those named; print the errors and the lines."""
+def write_table(lines: dict[str, str], path: Path) -> None:
+    """Replace these arithmetics' lines of the table in that file."""
+    text = path.read_text("utf-8")
+    for arithmetic, line in lines.items():
+        text, count = re.subn(rf'^    "{re.escape(arithmetic)}": Work\(.*\),$', line, text, flags=re.MULTILINE)
+        assert count == 1, f"{path} has {count} lines of {arithmetic}"
+    path.write_text(text, "utf-8")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure and fit; print the errors and the lines."""
     torch.set_num_threads(1)
+    only = [argument for argument in arguments if argument != "--write"]
     lines: dict[str, str] = {}
     for level in native.available_isas():
         os.environ["PREFIX_FAST_CPU_ISA"] = level
@@ -151,6 +166,8 @@ def main(only: Sequence[str]) -> None:
                 print(f"{arithmetic}: {case}: {1e3 * least:.3f} ms, {part.times(costs).total / least - 1:+.0%}")
             lines[arithmetic] = table_line(arithmetic, costs)
     print("\n".join(lines.values()))
+    if "--write" in arguments:
+        write_table(lines, Path(native_cost.__file__))
 
 
 if __name__ == "__main__":

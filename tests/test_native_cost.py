@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import costs
 import pytest
@@ -66,7 +67,7 @@ def test_exponentials_are_the_visible_pairs_in_whole_groups_of_lanes(shape: Shap
 def test_phases_are_those_of_the_kernels(shape: Shape, backward: bool) -> None:
     """A phase has work exactly where the kernels cut items for it, and in the same proportion to the other phases."""
     work = (native_cost.backward_work if backward else native_cost.forward_work)(shape)
-    partition = native.extension().partition(native_cost._problem(shape), "backward" if backward else "forward")
+    partition = native.extension().partition(native_cost.problem_of(shape), "backward" if backward else "forward")
     assert len(partition) == len(work)
     for phase, items in zip(work, partition, strict=True):
         assert (phase.total > 0) == bool(items)
@@ -153,6 +154,19 @@ def test_costs_are_found_again_from_times_that_they_made() -> None:
     times = [part.times(known).total for part in limits]
     times[3] *= 10  # a spoilt one
     assert costs.fit(limits, times) == pytest.approx(known, rel=0.02, abs=0.02)
+
+
+def test_fitted_lines_replace_those_of_the_table_and_no_others(tmp_path) -> None:
+    source = Path(native_cost.__file__).read_text("utf-8")
+    copy = tmp_path / "table.py"
+    copy.write_text(source, "utf-8")
+    costs.write_table({name: costs.table_line(name, known) for name, known in COSTS.items()}, copy)
+    assert copy.read_text("utf-8") == source
+    costs.write_table({"avx2": costs.table_line("avx2", Work(1.5, 2))}, copy)
+    changed = [line for line in copy.read_text("utf-8").splitlines() if line not in source.splitlines()]
+    assert changed == ['    "avx2": Work(1.5, 2, 0, 0, 0, 0, 0, 0),']
+    with pytest.raises(AssertionError, match="has 0 lines of avx1024"):
+        costs.write_table({"avx1024": ""}, copy)
 
 
 CHECKED = [

@@ -65,7 +65,7 @@ class Work(NamedTuple):
         return sum(self)
 
 
-# Fitted by `python -I benchmarks/costs.py`, which measures again and prints these lines.
+# Fitted by `python -I benchmarks/costs.py --write`, which measures again and replaces these lines.
 COSTS: dict[str, Work] = {
     "generic": Work(1.64, 0, 1.75, 45.9, 0.944, 348, 2.7, 10.5),
     "generic, halves": Work(1.09, 25.3, 0.667, 25.5, 8.43, 300, 1.95, 17.9),
@@ -140,11 +140,11 @@ def measure(rounds: int = 10) -> Machine:
 
 def _overhead(rounds: int) -> float:
     """Seconds of a forward call with one query and two keys: reading the problem's attributes, nearly all of it."""
-    problem, out = _problem(Shape(1, 1, 1, 1, 1, 16, 4, ((1, 1),))), torch.empty(1, 1, 1, 16)
+    problem, out = problem_of(Shape(1, 1, 1, 1, 1, 16, 4, ((1, 1),))), torch.empty(1, 1, 1, 16)
     return _least_seconds(lambda: native.forward(problem, out, out[..., 0]), rounds)
 
 
-def _problem(shape: Shape) -> Problem:
+def problem_of(shape: Shape) -> Problem:
     """A call of that shape, of zeros that take no memory."""
 
     def zeros(*sizes: int) -> Tensor:
@@ -220,7 +220,7 @@ def _starting(machine: Machine, shape: Shape, name: str) -> float:
 
 def _partition(shape: Shape, name: str) -> list[list[int]]:
     """For each phase of the call, what its items cost, in the order in which threads take them."""
-    partition: list[list[int]] = native.extension().partition(_problem(shape), name)
+    partition: list[list[int]] = native.extension().partition(problem_of(shape), name)
     return partition
 
 
