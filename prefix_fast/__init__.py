@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefix_fast.backends.problem import Plan, make_plan
+from prefix_fast.bank import PrefixBank
 from prefix_fast.dispatch import BackendInfo, backends
 from prefix_fast.functional import Segment, prefix_attention, segment_attention
 from prefix_fast.prefix import Prefix, PrefixAttention, PrefixConfig
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixAttention",
+    "PrefixBank",
     "PrefixConfig",
     "Segment",
     "backends",

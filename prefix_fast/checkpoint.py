@@ -208,12 +208,9 @@ def load(folder: Path, format: str = "auto", expected: ModelSites | None = None)
         ValueError: pickled, truncated or garbled files, wrong fields, names or shapes, NaN or infinity, another
             kind of adapter, a prefix for another model. TypeError: fields or tensors of another type.
     """
-    _check_format("Prefix.from_pretrained", format)
-    format = _found_format(folder, format)
+    format, config, stored_sites, tokens = describe(folder, format, expected)
     config_name, weights_name = FORMATS[format]
-    config = read_json(folder / config_name)
-    reader = _read_peft if format == "peft" else _read_native
-    stored_sites, sites = reader(folder / weights_name, config, expected)
+    sites = (_read_peft if format == "peft" else _read_native)(folder / weights_name, config, stored_sites, tokens)
     hidden = config.get("encoder_hidden_size")
     name = config.get("base_model_name_or_path")
     return StoredPrefix(
@@ -225,39 +222,50 @@ def load(folder: Path, format: str = "auto", expected: ModelSites | None = None)
     )
 
 
-SiteTensors = Mapping[str, tuple[Tensor, Tensor]]
+def _read_peft(
+    file: Path, config: dict[str, Any], found: ModelSites, tokens: int
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    written = _peft_geometry(config)
+    flat = read_tensors(file, {PEFT_TENSOR: (tokens, written.flat_dim)})[PEFT_TENSOR]
+    keys, values = split_flat(flat, written)
+    if found.is_encoder_decoder:
+        chosen = peft_layers(written.num_layers)[: found.geometries["decoder"].num_layers]
+        keys, values = keys[chosen], values[chosen]
+    return {"decoder": (keys, values)}
 
 
-def _read_peft(file: Path, config: dict[str, Any], expected: ModelSites | None) -> tuple[ModelSites, SiteTensors]:
+def _peft_sites(config: dict[str, Any], expected: ModelSites | None) -> ModelSites:
     written = _peft_geometry(config)
     seq2seq = config.get("num_transformer_submodules") == 2 or config.get("task_type") == "SEQ_2_SEQ_LM"
     layers = written.num_layers
     if seq2seq and expected is not None:
         layers = min(layers, expected.geometries["decoder"].num_layers)
-    found = ModelSites({"decoder": replace(written, num_layers=layers)}, seq2seq)
-    if expected is not None:
-        check_same_sites(found, expected, "Prefix.from_pretrained")
-    tokens = _tokens(config, "peft")
-    flat = read_tensors(file, {PEFT_TENSOR: (tokens, written.flat_dim)})[PEFT_TENSOR]
-    keys, values = split_flat(flat, written)
-    if seq2seq:
-        chosen = peft_layers(written.num_layers)[:layers]
-        keys, values = keys[chosen], values[chosen]
-    return found, {"decoder": (keys, values)}
+    return ModelSites({"decoder": replace(written, num_layers=layers)}, seq2seq)
 
 
-def _read_native(file: Path, config: dict[str, Any], expected: ModelSites | None) -> tuple[ModelSites, SiteTensors]:
-    found = _native_model_sites(config)
-    if expected is not None:
-        check_same_sites(found, expected, "Prefix.from_pretrained")
-    tokens = _tokens(config, "native")
+def _read_native(
+    file: Path, config: dict[str, Any], found: ModelSites, tokens: int
+) -> Mapping[str, tuple[Tensor, Tensor]]:
     shapes = {
         f"{site}.{part}": (shape.num_layers, shape.num_kv_heads, tokens, shape.head_dim)
         for site, shape in found.geometries.items()
         for part in ("keys", "values")
     }
     tensors = read_tensors(file, shapes)
-    return found, {site: (tensors[f"{site}.keys"], tensors[f"{site}.values"]) for site in found.geometries}
+    return {site: (tensors[f"{site}.keys"], tensors[f"{site}.values"]) for site in found.geometries}
+
+
+def describe(
+    folder: Path, format: str = "auto", expected: ModelSites | None = None
+) -> tuple[str, dict[str, Any], ModelSites, int]:
+    """What a prefix's config file says: its format, the fields, the sites and P. Reads no number; raises as `load`."""
+    _check_format("Prefix.from_pretrained", format)
+    format = _found_format(folder, format)
+    config = read_json(folder / FORMATS[format][0])
+    found = _peft_sites(config, expected) if format == "peft" else _native_model_sites(config)
+    if expected is not None:
+        check_same_sites(found, expected, "Prefix.from_pretrained")
+    return format, config, found, _tokens(config, format)
 
 
 def _tokens(config: dict[str, Any], format: str) -> int:

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,49 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         for leftover in (*staged.values(), *backups.values()):
             leftover.unlink(missing_ok=True)
     _sync_folder(folder)
+
+
+def replace_folders(
+    parent: Path, fill: Mapping[str, Callable[[Path], None]], contents: Mapping[str, bytes], removed: Sequence[str]
+) -> None:
+    """Write the folders and then the files in `parent`, all or none, and take the folders `removed` away.
+
+    An error puts earlier folders and files back. A crash between two renames can leave folders of two states, each
+    whole.
+
+    Args:
+        parent: made if it is not there.
+        fill: folder → what writes it into an empty one that is put in its place.
+        contents: as of replace_files; they appear last.
+        removed: folders in `parent`.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(8)
+    staged = {name: parent / f".{name}.{mark}.tmp" for name in fill}
+    backups = {name: parent / f".{name}.{mark}.bak" for name in (*fill, *removed) if (parent / name).exists()}
+    placed: list[str] = []
+    try:
+        for name, temporary in staged.items():
+            temporary.mkdir()
+            fill[name](temporary)
+        try:
+            for name in (*fill, *removed):
+                placed.append(name)
+                if name in backups:
+                    os.replace(parent / name, backups[name])
+                if name in staged:
+                    os.replace(staged[name], parent / name)
+            replace_files(parent, contents)
+        except BaseException:
+            for name in placed:
+                if name in staged and not staged[name].exists():
+                    shutil.rmtree(parent / name)
+                if name in backups and backups[name].exists():
+                    os.replace(backups[name], parent / name)
+            raise
+    finally:
+        for leftover in (*staged.values(), *backups.values()):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -172,3 +215,19 @@ def _check_header(file: Path, archive: Any, shapes: Mapping[str, tuple[int, ...]
             )
         if dtype not in DTYPES:
             raise TypeError(f"{file}: expected {name!r} in one of {', '.join(DTYPES)}, got {dtype}; convert it to F32")
+
+
+def upload_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload prefix",
+) -> str:
+    """Upload a folder to a Hub repository, made if missing; returns the commit's URL."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url)

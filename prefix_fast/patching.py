@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from prefix_fast import dispatch, selfcheck
+from prefix_fast.bank import PrefixBank
+from prefix_fast.bank_files import holds_bank
 from prefix_fast.geometry import model_sites
 from prefix_fast.models import admission, families, hosts, hub, sites
+from prefix_fast.models.bank import BankHost
 from prefix_fast.models.loss import loss_plan
 from prefix_fast.models.seq2seq_loss import seq2seq_plan
 from prefix_fast.prefix import Prefix, PrefixConfig
@@ -17,7 +20,7 @@ from prefix_fast.prefix import Prefix, PrefixConfig
 
 def patch(
     model: Any,
-    prefix: int | str | PathLike[str] | PrefixConfig | Prefix | None = None,
+    prefix: int | str | PathLike[str] | PrefixConfig | Prefix | PrefixBank | None = None,
     *,
     backend: str = "auto",
     freeze: bool = True,
@@ -35,7 +38,9 @@ def patch(
             sequence language model) whose active adapter is prefix tuning: its own adapter is the prefix, and
             parameters, files, losses and tokens stay PEFT's.
         prefix: None: a fresh `PrefixConfig()`; an int: that many virtual tokens (0: no prefix); a PrefixConfig; a
-            Prefix; a folder or Hub id. None for a PeftModel.
+            Prefix; a folder or Hub id; a PrefixBank or the folder of one: every forward and generate then takes
+            `prefix_ids`, for each row the name of an entry or None, or a tensor of positions in `bank.names`, -1 for
+            none. None for a PeftModel.
         backend: of the operator, as in `prefix_attention`.
         freeze: freeze the language model; `model.prefix` is then the only trainable module, and the only one saved.
         fused_loss: with labels in training mode, run head and loss on the labelled positions only; the output's
@@ -87,10 +92,11 @@ def patch(
     if module is not None:
         module.to(model.get_input_embeddings().weight.device).train(model.training)
     model.register_module("prefix", module)
-    if was is None:
-        hosts.step_in(model, hosts.PrefixHost, state)
-    else:
-        model.__dict__[hosts.STATE] = state
+    if isinstance(module, PrefixBank):
+        module.bind(offered)
+    if was is not None:
+        hosts.step_out(model)
+    hosts.step_in(model, BankHost if isinstance(module, PrefixBank) else hosts.PrefixHost, state)
     if offered.is_encoder_decoder:
         hosts.follow_encoder(model, module is not None and "encoder" in module.sites)
     return model
@@ -158,11 +164,12 @@ def _restore_grad(model: Any, state: hosts.HostState) -> None:
             parameters[name].requires_grad_(requires_grad)
 
 
-def _prefix_module(prefix: Any, model: Any) -> Prefix | None:
-    if isinstance(prefix, bool) or not isinstance(prefix, (int, str, PathLike, PrefixConfig, Prefix, type(None))):
+def _prefix_module(prefix: Any, model: Any) -> Prefix | PrefixBank | None:
+    kinds = (int, str, PathLike, PrefixConfig, Prefix, PrefixBank, type(None))
+    if isinstance(prefix, bool) or not isinstance(prefix, kinds):
         raise TypeError(
-            "patch: expected prefix to be None, an int, a PrefixConfig, a Prefix, a folder or a Hub id, got"
-            f" {type(prefix).__name__}; pass one of these"
+            "patch: expected prefix to be None, an int, a PrefixConfig, a Prefix, a PrefixBank, a folder or a Hub"
+            f" id, got {type(prefix).__name__}; pass one of these"
         )
     if isinstance(prefix, int):
         if prefix < 0:
@@ -170,9 +177,11 @@ def _prefix_module(prefix: Any, model: Any) -> Prefix | None:
         if prefix == 0:
             return None
         prefix = PrefixConfig(num_virtual_tokens=prefix)
+    if holds_bank(prefix):
+        return PrefixBank.from_pretrained(prefix, model_config=model.config)
     if isinstance(prefix, (str, PathLike)):
         return Prefix.from_pretrained(prefix, model_config=model.config)
-    if isinstance(prefix, Prefix):
+    if isinstance(prefix, (Prefix, PrefixBank)):
         prefix.check_fits(model.config)
         return prefix
     return Prefix(prefix or PrefixConfig(), model.config)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from prefix_fast import checkpoint, original
-from prefix_fast.files import find_folder
+from prefix_fast.files import find_folder, upload_folder
 from prefix_fast.functional import prefix_attention
 from prefix_fast.geometry import (
     SITES,
@@ -280,14 +280,9 @@ class Prefix(nn.Module):
         format: str = "auto",
     ) -> str:
         """Upload what save_pretrained writes to a Hub repository, made if missing; returns the commit's URL."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, format=format)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        return str(commit.commit_url)
+            return upload_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Prefix":
         def move_only(tensor: Tensor) -> Tensor:

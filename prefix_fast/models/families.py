@@ -60,13 +60,13 @@ def position_limit(model: Any) -> int | None:
     return None
 
 
-def shifted_positions(style: str, arguments: dict[str, Any], length: int) -> Tensor:
+def shifted_positions(style: str, arguments: dict[str, Any], length: int | Tensor) -> Tensor:
     """The positions of a call's own tokens, `length` further on than without a prefix: [B or 1, T].
 
     Args:
         style: of the model's family, for calls without `position_ids`.
         arguments: the call's, by name.
-        length: P.
+        length: P, or each row's, [B, 1].
     """
     given = arguments.get("position_ids")
     if given is not None:
@@ -81,7 +81,7 @@ def shifted_positions(style: str, arguments: dict[str, Any], length: int) -> Ten
     if style == "mask" and isinstance(mask, Tensor) and mask.ndim == 2:
         counted = (mask.long().cumsum(-1) + length) * mask.long() - 1
         return counted[:, past:] if isinstance(past, int) else counted.index_select(1, steps + past)
-    return (steps + past + length).unsqueeze(0)
+    return (steps + past).unsqueeze(0) + length
 
 
 def check_positions(positions: Tensor, limit: int | None, name: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast.choice import Choice
 from prefix_fast.models import families, hub, saving, sites
 from prefix_fast.models.hub import States
 from prefix_fast.models.loss import LossPlan, can_fuse, fused_forward
@@ -40,7 +41,7 @@ class HostState:
         parameters: the names of the forward's parameters, in order.
         requires_grad: of each parameter before it was frozen; None: nothing was frozen.
         plan: of the class's loss; None: it has another form than ours.
-        states: keys and values per site that a running `generate` computed once.
+        states, choice: keys and values per site that a running `generate` computed once, and which row reads which.
     """
 
     backend: str
@@ -53,6 +54,7 @@ class HostState:
     requires_grad: dict[str, bool] | None = None
     plan: LossPlan | Seq2SeqPlan | None = None
     states: States | None = field(default=None, repr=False)
+    choice: Choice | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -74,18 +76,20 @@ class HostMixin:
     """What a patched transformers model does otherwise than its class."""
 
     _prefix_fast_class: Any  # the class that was stepped into
+    _prefix_fast_keywords: tuple[str, ...] = ()  # what the forward takes beside the class's arguments
 
-    def _prefix_context(self) -> hub.PrefixContext | None:
-        """The prefix of a call that does not bring one."""
+    def _prefix_context(self, arguments: dict[str, Any]) -> hub.PrefixContext | None:
+        """The prefix of a call that does not bring one; takes its own keywords out of the arguments."""
         return None
 
     def _prefix_forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The call of `forward`, the class's own, with the prefix and shifted positions."""
         state: HostState = self.__dict__[STATE]
-        context = kwargs.pop(hub.KEYWORD, None) or self._prefix_context()
+        context = kwargs.pop(hub.KEYWORD, None)
+        arguments = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
+        context = context or self._prefix_context(arguments)
         if context is None:
             return forward(self, *args, **kwargs)
-        arguments = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
         self._check_call(arguments)
         self._keep_attention()
         if self.config.is_encoder_decoder:  # type: ignore[attr-defined]
@@ -107,7 +111,7 @@ class HostMixin:
         arguments[hub.KEYWORD] = context
         plan = self._plan(arguments)
         device = next(self.parameters()).device.type  # type: ignore[attr-defined]
-        with self._compute(device), sites.shifted(self, state.positions, context.length):
+        with self._compute(device), sites.shifted(self, state.positions, context.length, context.choice):
             if isinstance(plan, Seq2SeqPlan) and can_fuse_seq2seq(self, arguments):
                 return fused_seq2seq_forward(self, plan, forward, arguments)
             return forward(self, **arguments)
@@ -135,6 +139,11 @@ class HostMixin:
         for mask in ("head_mask", "decoder_head_mask", "cross_attn_head_mask"):
             if arguments.get(mask) is not None:
                 raise ValueError(f"{name}: expected no {mask}, got one; unpatch the model to mask heads")
+        if arguments.get("prefix_ids") is not None:
+            raise ValueError(
+                f"{name}: expected no prefix_ids, got some, where all rows read one prefix; patch the model with a"
+                " PrefixBank to choose"
+            )
         inputs = ("input_ids", "inputs_embeds", "encoder_outputs", "input_features")
         if all(arguments.get(given) is None for given in inputs):
             raise ValueError(f"{name}: expected input_ids or inputs_embeds, got neither; pass one of them")
@@ -172,7 +181,7 @@ class BorrowingHost(HostMixin):
 class PrefixHost(HostMixin):
     """A model with a prefix of its own, in `model.prefix`."""
 
-    def _prefix_context(self) -> hub.PrefixContext:
+    def _prefix_context(self, arguments: dict[str, Any]) -> hub.PrefixContext:
         state: HostState = self.__dict__[STATE]
         return hub.PrefixContext(self._states() if state.states is None else state.states, state.backend)
 
@@ -181,8 +190,12 @@ class PrefixHost(HostMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As of the class; the prefix's keys and values are computed once, not at every token."""
-        with once_per_generation(self.__dict__[STATE], self._states):
+        with self._generating(args, kwargs):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _generating(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The context in which the class's `generate` runs, with these arguments."""
+        return once_per_generation(self.__dict__[STATE], self._states)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves the prefix alone, or everything if the model is trained too (see `saving`)."""
@@ -209,9 +222,10 @@ class EncoderHost:
             return forward(self, *args, **kwargs)
         (owner,) = self.__dict__[OWNER]
         owner._keep_attention()
-        kwargs[hub.KEYWORD] = owner._prefix_context()
+        arguments = {**dict(zip(forward_parameters(self), args, strict=False)), **kwargs}
+        arguments[hub.KEYWORD] = owner._prefix_context(arguments)
         with owner._compute(next(owner.parameters()).device.type):
-            return forward(self, *args, **kwargs)
+            return forward(self, **arguments)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._prefix_fast_class, EncoderHost), self.__dict__
@@ -266,6 +280,7 @@ def patched_class(cls: Any, mixin: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._prefix_forward(original, args, kwargs)
 
+    forward.__signature__ = _signature(original, mixin)  # type: ignore[attr-defined]
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -274,6 +289,19 @@ def patched_class(cls: Any, mixin: Any) -> Any:
         "forward": forward,
     }
     return type(cls.__name__, (mixin, cls), namespace)
+
+
+def _signature(forward: Any, mixin: Any) -> inspect.Signature:
+    """Of the patched forward, which Trainer and `generate` read."""
+    signature = inspect.signature(forward)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in getattr(mixin, "_prefix_fast_keywords", ())
+    ]
+    parameters = list(signature.parameters.values())
+    rest = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+    own = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    return signature.replace(parameters=[*own, *added, *rest])
 
 
 def _rebuild(cls: Any, mixin: Any) -> Any:

@@ -10,19 +10,19 @@ cross-attention): it runs the attention implementation that the config had befor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefix_fast import selfcheck
+from prefix_fast.choice import Choice, States
 from prefix_fast.functional import Segment, segment_attention
 from prefix_fast.models import sites
 from prefix_fast.models.masks import OwnMask, Visible, make_own_mask
 from prefix_fast.models.sites import Site
 
-States = Mapping[str, tuple[Tensor, Tensor]]
 KEYWORD = "prefix_fast"
 # config._attn_implementation before → after. The name alone tells what to restore and what an unpatched model runs.
 ATTENTION_NAMES = {
@@ -43,13 +43,17 @@ class PrefixContext:
         states: site → the stacked keys and values, [L, 1, Hkv, P, D] each; a site that is not there has no prefix.
         backend: as in `prefix_attention`.
         in_window: the prefix's positions count in a sliding window, and leave it (PEFT's numbers).
+        choice: of several prefixes, the one that each row reads; the states are then packed, [L, Hkv, total, D].
     """
 
-    def __init__(self, states: States, backend: str, in_window: bool = False) -> None:
+    def __init__(self, states: States, backend: str, in_window: bool = False, choice: Choice | None = None) -> None:
         self.backend = backend
         self.in_window = in_window
-        # By how much the decoder's own tokens stand further on.
-        self.length = states["decoder"][0].shape[-2] if "decoder" in states else 0
+        self.choice = choice
+        # By how much the decoder's own tokens stand further on: all rows', or [B, 1].
+        self.length: int | Tensor = 0
+        if "decoder" in states:
+            self.length = states["decoder"][0].shape[-2] if choice is None else choice.lengths
         # A reparametrised prefix is a view of its MLP's output, whose tokens lie 2 · L · Hkv · D floats apart:
         # every key would miss the TLB.
         self.layers = {site: tuple(stacked.contiguous().unbind(0) for stacked in pair) for site, pair in states.items()}
@@ -110,6 +114,7 @@ class PrefixContext:
         if site.name not in self.layers:
             return []
         keys, values = (layers[site.layer] for layers in self.layers[site.name])
+        length = keys.shape[-2] if self.choice is None else max(self.choice.sizes)
         bias = None
         if site.bias is not None:
             past: Tensor | int = 0
@@ -120,12 +125,16 @@ class PrefixContext:
                         " which does not say where the queries stand; pass a 2-D mask"
                     )
                 past = key.shape[2] - query.shape[2] if mask is None else mask.request["q_offset"]
-            bias = sites.relative_bias(site, query.shape[2], keys.shape[2], past).to(query.dtype)  # type: ignore[union-attr]
+            bias = sites.relative_bias(site, query.shape[2], length, past).to(query.dtype)  # type: ignore[union-attr]
+        if self.choice is not None:
+            return [
+                self.choice.segment(keys, values) if bias is None else self.choice.biased_segment(keys, values, bias)
+            ]
         return [Segment(keys, values, in_window=self.in_window, bias=bias)]
 
     def _visible(self, query: Tensor, mask: OwnMask | Tensor | None, site: Site) -> Visible:
         if isinstance(mask, OwnMask):
-            visible = mask.visible(query.dtype, self.length if self.in_window else 0)
+            visible = mask.visible(query.dtype, self.length if self.in_window else 0)  # type: ignore[arg-type]  # no bank there
             if self.in_window and visible.attn_bias is not None and mask.request.get("local_size") is not None:
                 raise NotImplementedError(
                     "prefix_fast: expected full or sliding-window attention, got a local pattern (chunks, or packed"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefix_fast.choice import Choice
 from prefix_fast.models import families
 
 MARK = "_prefix_fast_site"
@@ -115,10 +116,12 @@ def _shifted_class(cls: Any) -> Any:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        shift = self.__dict__.get(SHIFT, 0)
-        if shift == 0:
+        shift, choice = self.__dict__.get(SHIFT, (0, None))
+        if choice is None and shift == 0:
             return original(self, *args, **kwargs)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        if choice is not None:
+            return _shifted_rows(self, original, arguments, choice)
         positions = arguments.get("position_ids")
         if positions is None:
             arguments["past_key_values_length"] = arguments.get("past_key_values_length", 0) + shift
@@ -130,6 +133,28 @@ def _shifted_class(cls: Any) -> Any:
 
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (ShiftedPositions, cls), {**namespace, "_prefix_fast_class": cls, "forward": forward})
+
+
+def _shifted_rows(table: Any, original: Any, arguments: dict[str, Any], choice: Choice) -> Tensor:
+    """The embeddings [B, T, hidden] of tokens that stand further on by each row's own prefix."""
+    past = arguments.get("past_key_values_length", 0)
+    if "position_ids" not in inspect.signature(original).parameters:  # counted from the tokens, in a way of its own
+        found = original(table, **arguments)
+        for size in sorted(set(choice.sizes)):
+            moved = original(table, **{**arguments, "past_key_values_length": past + size})
+            found = torch.where((choice.lengths == size).unsqueeze(-1), moved, found)
+        return found
+    positions = arguments.get("position_ids")
+    if positions is None:
+        tokens: Any = arguments.get("input_ids", arguments.get("input_ids_shape"))
+        count = tokens.shape[1] if isinstance(tokens, Tensor) else tokens[1]
+        positions = torch.arange(count, device=choice.lengths.device) + past
+    positions = positions + choice.lengths
+    limit = table.num_embeddings - int(getattr(table, "offset", 0)) if isinstance(table, nn.Embedding) else None
+    families.check_positions(positions, limit, type(table).__name__)
+    # Some tables put a dimension before the positions that they are given: they are given them in one row.
+    flat = original(table, **{**arguments, "position_ids": positions.reshape(-1)})
+    return flat.reshape(*positions.shape, -1)
 
 
 def _rebuild(cls: Any) -> Any:
@@ -156,8 +181,8 @@ def shift_decoder(model: Any, style: str) -> None:
 
 
 @contextmanager
-def shifted(model: Any, style: str, length: int) -> Any:
-    """For the time of one forward, let the decoder's positions begin at `length`.
+def shifted(model: Any, style: str, length: int | Tensor, choice: Choice | None) -> Any:
+    """For the time of one forward, let the decoder's positions begin at `length`; each row's own, if there is a choice.
 
     The embedding runs once in each forward and in no layer, so that no layer's recomputation looks for it later.
     """
@@ -165,12 +190,14 @@ def shifted(model: Any, style: str, length: int) -> Any:
         yield
         return
     table = model.get_decoder().embed_positions
-    before = table.__dict__.get(SHIFT, 0)
-    table.__dict__[SHIFT] = length
+    before = table.__dict__.get(SHIFT)
+    table.__dict__[SHIFT] = (length, choice if isinstance(length, Tensor) else None)
     try:
         yield
     finally:
-        table.__dict__[SHIFT] = before
+        del table.__dict__[SHIFT]
+        if before is not None:
+            table.__dict__[SHIFT] = before
 
 
 def trial_inputs(model: Any, source: int, target: int) -> dict[str, Any]:
