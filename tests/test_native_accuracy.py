@@ -1,12 +1,13 @@
 """The C++ kernels of every instruction set against the float64 truth."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from native_inputs import ISAS, run
 
-from prefix_fast.testing import Case, check, make_problem, truth
+from prefix_fast.testing import Case, check, make_problem, output_grads, truth
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -71,6 +72,35 @@ def test_large_scores_stay_exact(dtype, isa):
         torch.testing.assert_close(results["out"].double(), true["out"], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(results["lse"].double(), true["lse"], atol=1e-2, rtol=1e-6)
         assert all(tensor.isfinite().all() for tensor in results.values())
+
+
+@pytest.mark.parametrize("bias", [-1e2, -1e4, -1e5, -1e6, -1e9, torch.finfo(torch.float32).min])
+def test_rows_of_large_biases_alone_are_bounded(bias, isa):
+    """Forward exact; backward, which has lse as one float32 number, off by its rounding, and by n - 1 times at most."""
+    keys = 9
+    problem = make_problem(Case(B=2, H=2, Hkv=2, Tq=5, Tk=keys, P=0, D=16, is_causal=False))
+    equal = torch.zeros_like(problem.query)
+    problem = replace(problem, query=equal, attn_bias=torch.full((2, 1, 5, keys), bias))
+    found, true = run(problem), truth(problem, output_grads(problem))
+    torch.testing.assert_close(found["out"].double(), true["out"], atol=1e-6, rtol=1e-5)
+    rounding = min(math.expm1(min(2**-22 * abs(bias), 10.0)), keys - 1) + 1e-5
+    for name in ("grad.query", "grad.value"):
+        largest = float(true[name].abs().max())
+        assert float((found[name].double() - true[name]).abs().max()) <= rounding * largest, name
+
+
+@pytest.mark.parametrize("bias", [-1e9, torch.finfo(torch.float32).min])
+def test_large_biases_beside_one_free_key_are_as_good_as_a_mask(bias, isa):
+    """The usual padding: where a query sees any key without such a bias, the others weigh exactly nothing."""
+    problem = make_problem(Case(B=4, H=2, Hkv=1, Tq=20, Tk=20, P=7, D=32, key_mask="scattered"))
+    additive = torch.zeros(4, 1, 1, 20).masked_fill(~problem.key_mask[:, None, None], bias)
+    biased = replace(problem, key_mask=None, attn_bias=additive.expand(4, 1, 20, 20))
+    found, masked = run(biased), run(replace(problem, attn_bias=torch.zeros(4, 1, 20, 20)))
+    for name, tensor in masked.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
+    hidden = ~problem.key_mask[:, None, :, None].expand_as(found["grad.key"])
+    assert not found["grad.key"][hidden].any()
+    assert not found["grad.value"][hidden].any()
 
 
 def test_equal_scores_average_the_values(isa):
