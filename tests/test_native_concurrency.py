@@ -44,7 +44,7 @@ def test_a_thread_count_below_one_raises(threads):
     problem = make_problem(Case())
     out, lse = torch.empty_like(problem.query), torch.empty(problem.query.shape[:-1])
     nothing = Grads(None, None, None, ((None, None),))
-    module = native._module()
+    module = native.extension()
     for call in (
         lambda: module.forward(problem, out, lse, threads),
         lambda: module.backward(problem, out, lse, out, None, nothing, threads),

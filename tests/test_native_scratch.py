@@ -52,7 +52,7 @@ def of_own_gradients(case: Case) -> int:
 
 def held() -> int:
     """Bytes of scratch of all threads, once those that have ended are gone: they free it after Python's join."""
-    module, before = native._module(), -1
+    module, before = native.extension(), -1
     while before != (now := module.scratch_bytes()):
         before = now
         time.sleep(0.05)
@@ -73,7 +73,7 @@ def added_by(action: Callable[[], object]) -> int:
 
     def measured() -> int:
         action()
-        return native._module().scratch_bytes() - before
+        return native.extension().scratch_bytes() - before
 
     return on_a_new_thread(measured)
 
@@ -135,7 +135,7 @@ def test_peak_of_resident_memory_is_what_is_stated():
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         call()
-        growth, scratch = resident("VmHWM") - before, native._module().scratch_bytes()
+        growth, scratch = resident("VmHWM") - before, native.extension().scratch_bytes()
         sums = case.B * case.Hkv * case.P * 2 * padded(case.D) * 4  # rows of more than 256 lanes
         assert scratch / 2 < growth <= sums + of_a_thread(case.D) + of_own_gradients(case) + MEBI, (growth, scratch)
     """
@@ -147,7 +147,7 @@ def test_peak_of_resident_memory_is_what_is_stated():
 def test_a_steady_state_allocates_nothing(case, isa):
     """No buffer grows and no page is touched for the first time; what is left are the plan's small vectors."""
     torch.set_num_threads(1)
-    call, module = prepared(case), native._module()
+    call, module = prepared(case), native.extension()
     for _ in range(3):
         call()
     allocations, faults = module.scratch_allocations(), resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
@@ -203,7 +203,7 @@ def test_threads_that_end_give_their_scratch_back(team, isa):
     for thread in threads:
         thread.start()
     together.wait()
-    busy = native._module().scratch_bytes() - start
+    busy = native.extension().scratch_bytes() - start
     together.wait()
     for thread in threads:
         thread.join()

@@ -53,7 +53,7 @@ def busy_share(phases: list[list[int]], threads: int) -> float:
 
 
 def partition(case: Case, which: str) -> list[list[int]]:
-    return native._module().partition(make_problem(case), which)
+    return native.extension().partition(make_problem(case), which)
 
 
 @pytest.mark.parametrize(("case", "which", "eight", "sixty_four"), BALANCE, ids=lambda value: str(value))
