@@ -16,7 +16,7 @@
 
 namespace prefix_fast {
 
-constexpr int64_t kForwardTile = 128;  // keys
+constexpr int64_t kForwardTile = 256;  // keys
 
 struct SoftmaxState {
     alignas(64) float maximum[kLanes];  // m, in log2 units; -inf while nothing was seen

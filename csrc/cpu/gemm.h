@@ -24,17 +24,15 @@ constexpr int kGroup = 16;                // lanes of a group
 constexpr int kGroups = 4;                // groups of a block
 constexpr int kLanes = kGroup * kGroups;  // queries of a block
 
-constexpr int kVectorsPerGroup = kGroup / kWidth;
-
 constexpr int max_rows(int vectors) {
     if (kWidth == 16) return vectors == 1 ? 12 : vectors == 4 ? 6 : 8;
-    return 6;
+    return 12 / vectors;
 }
 
 // How elements are multiplied; kPack values share an element. `element` is one of A, for a strip of kStrip
-// vectors of columns: four groups of one vector (32 registers), or one group of two (16 registers).
+// vectors of columns: four groups of one vector (32 registers), or one group of two or four (16).
 struct Singles {
-    static constexpr int kPack = 1, kStrip = kWidth == 16 ? 4 : 2;
+    static constexpr int kPack = 1, kStrip = kWidth == 16 ? 4 : kGroup / kWidth;
     static PF_INLINE Vec element(const float* a) { return broadcast(*a); }
     static PF_INLINE Vec fma(Vec a, Vec b, Vec c) { return prefix_fast::fma(a, b, c); }
 };
@@ -194,7 +192,7 @@ template <class Arithmetic, Contiguous Layout, class Write>
 inline void product_rows(int64_t rows, int64_t inner, int groups, Matrix a, const float* b, int64_t b_group,
                          float* c, int64_t c_group, Write write) {
     constexpr int kStrip = Arithmetic::kStrip;
-    if constexpr (kStrip == 4) {
+    if constexpr (kStrip * kWidth > kGroup) {
         const auto strip = [&](auto v) {
             rows_strip<Arithmetic, decltype(v)::value, Layout>(rows, inner, a, b, c, b_group, c_group,
                                                                a.fresh, write);
@@ -233,7 +231,7 @@ inline void product_lanes(int64_t rows, int64_t columns, int groups, const float
     for (; d + kStrip * kWidth <= columns; d += kStrip * kWidth) {
         lanes_strip<Arithmetic, kStrip>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride, write);
     }
-    if constexpr (kStrip == 4) {
+    if constexpr (kStrip * kWidth > kGroup) {
         const int rest = static_cast<int>((columns - d) / kWidth);
         if (rest == 1)
             lanes_strip<Arithmetic, 1>(rows, groups, a, a_group, b + d, b_stride, c + d, c_stride, write);

@@ -27,7 +27,7 @@ from prefix_fast.backends.shapes import Shape
 # Constants of csrc/cpu, which the counts follow: lanes of a group and of a block of queries, keys of a tile, and what
 # decides how a call is cut.
 SIZES = {
-    "kGroup": 16, "kLanes": 64, "kForwardTile": 128, "kBackwardTile": 64, "kFewQueries": 4, "kFoldedQueries": 32,
+    "kGroup": 16, "kLanes": 64, "kForwardTile": 256, "kBackwardTile": 64, "kFewQueries": 4, "kFoldedQueries": 32,
     "kFoldedReaders": 8, "kItems": 256, "kMinimumChunk": 256, "kLaneChunk": 256, "kRowPiece": 128, "kPartItems": 192,
     "kPartBytes": 1 << 27, "kKeyItems": 128, "kMinimumKeys": 256, "kFoldedExtent": 32, "kFewItems": 48,
 }  # fmt: skip
