@@ -125,13 +125,14 @@ inline void attend(const Problem& p, const LaneBlock& block, const float* querie
         if (!bound_tile(block, run, start, std::min(kForwardTile, last - start), tile)) continue;
         tile.key = tile_rows(arithmetic, run, run.key, run.key_stride, run.key_dtype, start, tile.count,
                              p.head_dim, reused, scratch()[kKeyTile]);
-        tile.value = tile_columns(arithmetic, run, run.value, run.value_stride, run.value_dtype, start,
-                                  tile.count, p.head_dim, reused, scratch()[kValueTile]);
+        prefetch_values(arithmetic, run, tile, p.head_dim);
         score_tile<Arithmetic>(block, tile, tile.key, p.head_dim, queries, scores, step,
                                write_scores(arithmetic, p));
         mask_scores(p, block, run, tile, scores, step);
         if (keep != nullptr) dropout_tile(p, block, run, tile, 1.0f, keep, step);
         online_softmax_update<Arithmetic>(block, tile, p.head_dim, scores, step, keep, state);
+        tile.value = tile_columns(arithmetic, run, run.value, run.value_stride, run.value_dtype, start,
+                                  tile.count, p.head_dim, reused, scratch()[kValueTile]);
         weigh_tile<Arithmetic>(block, tile, tile.value, p.head_dim, scores, step, state.out);
     }
 }

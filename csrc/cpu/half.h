@@ -94,6 +94,12 @@ inline void write_row(char* target, DType dtype, int64_t count, float factor, co
     }
     uint16_t* to = reinterpret_cast<uint16_t*>(target);
     if (dtype == DType::kBFloat16) {
+#if defined(__AVX512BF16__)
+        for (; c + kWidth <= count; c += kWidth) {
+            const __m256bh half = _mm512_cvtneps_pbh((__m512)(broadcast(factor) * load(source + c)));
+            std::memcpy(to + c, &half, sizeof(half));
+        }
+#endif
         for (; c < count; ++c) to[c] = float_to_bfloat16(factor * source[c]);
         return;
     }

@@ -47,17 +47,22 @@ alignas(64) constexpr uint16_t kInterleaved[32] = {0,  32, 1,  33, 2,  34, 3,  3
                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
+// Words d, d + 1, ... of a row of that many, to a vector's end; zeros past them, and for a null row.
+PF_INLINE __m512i read_words(const uint16_t* row, int64_t d, int64_t count) {
+    if (row == nullptr) return _mm512_setzero_si512();
+    const __mmask32 present = count - d < 2 * kWidth ? (__mmask32{1} << (count - d)) - 1 : ~__mmask32{0};
+    return _mm512_maskz_loadu_epi16(present, row + d);
+}
+
 // target[d] = (first[d], second[d]); a null row is zeros; zeros up to a whole vector.
 inline void interleave_rows(const uint16_t* first, const uint16_t* second, int64_t head_dim, float* target) {
     const __m512i low_order = _mm512_load_si512(kInterleaved);
     const __m512i high_order = _mm512_add_epi16(low_order, _mm512_set1_epi16(16));
     for (int64_t d = 0; d < head_dim; d += 2 * kWidth) {
-        const int64_t rest = head_dim - d;
-        const __mmask32 present = rest < 2 * kWidth ? (__mmask32{1} << rest) - 1 : ~__mmask32{0};
-        const __m512i low = _mm512_maskz_loadu_epi16(first != nullptr ? present : 0, first + d);
-        const __m512i high = _mm512_maskz_loadu_epi16(second != nullptr ? present : 0, second + d);
+        const __m512i low = read_words(first, d, head_dim), high = read_words(second, d, head_dim);
         store(target + d, (Vec)_mm512_permutex2var_epi16(low, low_order, high));
-        if (rest > kWidth) store(target + d + kWidth, (Vec)_mm512_permutex2var_epi16(low, high_order, high));
+        if (head_dim - d > kWidth)
+            store(target + d + kWidth, (Vec)_mm512_permutex2var_epi16(low, high_order, high));
     }
 }
 
@@ -104,6 +109,14 @@ inline Matrix tile_columns(Pairs, const KeyRun& run, const char* data, int64_t s
     return {target, target_stride};
 }
 
+// Own values come from far memory, and are interleaved faster than they come; a segment's are near.
+inline void prefetch_values(Pairs, const KeyRun& run, const KeyTile& tile, int64_t head_dim) {
+    if (!run.own) return;
+    const char* row = run.value + tile.start * run.value_stride;
+    for (int64_t j = 0; j < tile.count; ++j, row += run.value_stride)
+        prefetch_row(reinterpret_cast<const float*>(row), packed<Pairs>(head_dim));
+}
+
 // target[key / 2][16] = the weights of keys 0, 1, ...; target may be where they are read from
 template <class Weight>
 PF_INLINE void write_by_keys(Pairs, int64_t keys, float* target, Weight&& weight) {
@@ -124,14 +137,14 @@ PF_INLINE void write_by_lanes(Pairs, int64_t key, float* target, Vec weight) {
 // The block's rows of a bfloat16 tensor, unscaled; zeros in idle lanes.
 inline void read_lanes(Pairs, const TokenView& tensor, const LaneBlock& block, int64_t head_dim, float,
                        float* rows) {
-    const int64_t stride = row_stride(packed<Pairs>(head_dim)),
-                  padded = round_up(packed<Pairs>(head_dim), kGroup);
+    const int64_t stride = row_stride(packed<Pairs>(head_dim));
     for (int lane = 0; lane < block.groups * kGroup; ++lane) {
-        float* target = rows + lane * stride;
-        std::memset(target, 0, static_cast<size_t>(padded) * sizeof(float));
-        if (lane >= block.lanes) continue;
-        const char* source = tensor.at(block.row[lane], block.head[lane], block.query[lane]);
-        std::memcpy(target, source, 2 * static_cast<size_t>(head_dim));
+        const char* source =
+            lane < block.lanes ? tensor.at(block.row[lane], block.head[lane], block.query[lane]) : nullptr;
+        for (int64_t d = 0; d < head_dim; d += 2 * kWidth) {
+            store(rows + lane * stride + d / 2,
+                  (Vec)read_words(reinterpret_cast<const uint16_t*>(source), d, head_dim));
+        }
     }
 }
 
@@ -167,6 +180,8 @@ inline Matrix tile_columns(Singles, const KeyRun& run, const char* data, int64_t
     if (rows.data != nullptr) return rows;
     return tile_rows(run, data, stride, dtype, start, count, head_dim, reused, buffer);
 }
+
+inline void prefetch_values(Singles, const KeyRun&, const KeyTile&, int64_t) {}
 
 template <class Weight>
 PF_INLINE void write_by_keys(Singles, int64_t keys, float* target, Weight&& weight) {
