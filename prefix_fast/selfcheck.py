@@ -28,6 +28,7 @@ from prefix_fast.testing import Case
 BLOCKS = (16, 32, 64, 128, 256)  # padded head dims
 HALVES = (torch.bfloat16, torch.float16)
 TRANSIENT = (torch.OutOfMemoryError, OSError)  # say nothing about a kernel
+_BIAS = {"segment_bias": True}  # beside that of the own tokens
 _vetted: set[tuple[Any, ...]] = set()  # what this process has looked into for a model
 
 
@@ -213,6 +214,7 @@ def make_problem(case: Case, kind: Kind, device: torch.device | str) -> Problem:
         named = testing.float_tensors(problem)
         problem = testing.with_float_tensors(problem, {n: x.to(kind.dtype).to(x.dtype) for n, x in named.items()})
     rows, segments = torch.arange(case.B, device=device), torch.arange(case.N, device=device)
+    problem = with_wide_bias(problem)
     if case.key_mask != "none":
         padding = 5 * (rows + 1)
         problem = replace(problem, key_mask=torch.arange(case.Tk, device=device) >= padding[:, None])
@@ -221,6 +223,12 @@ def make_problem(case: Case, kind: Kind, device: torch.device | str) -> Problem:
         sets = tuple(replace(s, ids=ids, lengths=case.P - 11 * segments) for s in problem.sets)
         problem = replace(problem, sets=sets)
     return problem
+
+
+def with_wide_bias(problem: Problem) -> Problem:
+    """The same call with float32 biases, which take most room on a card."""
+    sets = tuple(s if s.bias is None else replace(s, bias=s.bias.float()) for s in problem.sets)
+    return replace(problem, attn_bias=None if problem.attn_bias is None else problem.attn_bias.float(), sets=sets)
 
 
 @contextmanager
@@ -277,7 +285,7 @@ def _run_backward(
 
 
 def _cases_by_row(tile: Tile, block_d: int) -> list[Case]:
-    """Masks, lengths and a bank; the loops without a mask; packed rows of two sets, a ragged head dim, dropout."""
+    """Masks, lengths, a bank; the loops without a mask; packed rows of two sets, a ragged head dim, dropout; biases."""
     tokens, prefix = 2 * max(tile.queries, tile.keys) + 13, 2 * tile.keys + 9
     return [
         Case(B=4, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, P=prefix, D=block_d, ids="random", lengths="random",
@@ -285,11 +293,13 @@ def _cases_by_row(tile: Tile, block_d: int) -> list[Case]:
         Case(B=1, H=2, Hkv=2, Tq=tokens + tile.keys, Tk=tokens + tile.keys, P=prefix + tile.keys, D=block_d),
         Case(B=3, H=2, Hkv=1, Tq=tokens, Tk=tokens, P=prefix, D=block_d * 3 // 4, packed=True, num_sets=2,
              dropout_p=0.2),
+        Case(B=1, H=2, Hkv=1, Tq=tokens, Tk=tokens, P=prefix, D=block_d, key_mask="left", attn_bias=True,
+             options=_BIAS),
     ]  # fmt: skip
 
 
 def _cases_of_few_queries(tile: Tile, block_d: int) -> list[Case]:
-    """Several tiles of a segment's readers; one, without masks; two sets, ragged, dropout; several of a row's own."""
+    """Several tiles of readers; one, without masks; two sets, ragged, dropout; several of a row's own; biases."""
     tokens, prefix, rows = 2 * tile.keys + 13, 3 * tile.keys + 9, 2 * (tile.queries // 6 + 1) + 1
     return [
         Case(B=rows, H=4, Hkv=1, Tq=3, Tk=tokens, N=2, P=prefix, D=block_d, ids="random", lengths="random",
@@ -297,11 +307,12 @@ def _cases_of_few_queries(tile: Tile, block_d: int) -> list[Case]:
         Case(B=3, H=2, Hkv=2, Tq=1, Tk=tokens, P=prefix, D=block_d),
         Case(B=2, H=4, Hkv=2, Tq=7, Tk=tokens, P=prefix, D=block_d * 3 // 4, num_sets=2, dropout_p=0.2),
         Case(B=1, H=4, Hkv=1, Tq=17, Tk=tokens + tile.keys, P=prefix, D=block_d),
+        Case(B=3, H=2, Hkv=1, Tq=5, Tk=tokens, P=prefix, D=block_d, key_mask="left", attn_bias=True, options=_BIAS),
     ]  # fmt: skip
 
 
 def _cases_of_short(tile: Tile, block_d: int) -> list[Case]:
-    """Blocks of 16, 64 and 32 keys: banks with rows that read none; a full block with a ragged head dim and dropout."""
+    """Blocks of 16, 64 and 32 keys: banks with rows that read none; a ragged head dim and dropout; biases."""
     tokens = 2 * max(tile.queries, tile.keys) + 13
     bank = Case(B=5, H=2, Hkv=1, Tq=tokens, Tk=tokens + 5, N=2, D=block_d, ids="random", lengths="random",
                 key_mask="left")  # fmt: skip
@@ -309,6 +320,7 @@ def _cases_of_short(tile: Tile, block_d: int) -> list[Case]:
         replace(bank, P=13),
         replace(bank, P=61),
         Case(B=3, H=4, Hkv=2, Tq=tokens, Tk=tokens, P=32, D=block_d * 3 // 4, dropout_p=0.2),
+        Case(B=1, H=2, Hkv=1, Tq=tokens, Tk=tokens, P=32, D=block_d, key_mask="left", attn_bias=True, options=_BIAS),
     ]
 
 

@@ -154,7 +154,8 @@ def _launcher(
     """Runs the kernel with a given tile on a call of that shape; None: such calls do not run it."""
     kernel, kind = configuration
     problem = _problem(shape, kind, device)
-    call, tiles = make_call(problem, device_of(index), triton.interpreting()), triton_vetting.tiles_of_call(index, kind)
+    call = make_call(problem, device_of(index), triton.interpreting())._replace(spare=False)
+    tiles = triton_vetting.tiles_of_call(index, kind)
     grads, grad_out = _wanted(problem, kernel), testing.output_grads(problem)[0]
     out, lse = grad_out.clone(), torch.full(problem.query.shape[:-1], math.log(shape.P + shape.Tk), device=device)
     if kernel == "short" and not triton_short.fuses(call, tiles.short, grads):
@@ -185,11 +186,7 @@ def _problem(shape: Case, kind: Kind, device: torch.device) -> Problem:
     heads, kv_heads = next(of for size, of in HEADS.items() if kind.block_d <= size)
     prefix_dtype = torch.float32 if kind.mixed else None
     sizes = replace(shape, H=heads, Hkv=kv_heads, D=kind.block_d, dtype=kind.dtype, prefix_dtype=prefix_dtype)
-    problem = testing.make_problem(sizes, device)
-    if problem.attn_bias is None:
-        return problem
-    sets = tuple(s if s.bias is None else replace(s, bias=s.bias.float()) for s in problem.sets)
-    return replace(problem, attn_bias=problem.attn_bias.float(), sets=sets)  # the widest that a call may have
+    return selfcheck.with_wide_bias(testing.make_problem(sizes, device))
 
 
 def _wanted(problem: Problem, kernel: str) -> Grads:

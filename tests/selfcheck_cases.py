@@ -14,9 +14,11 @@ from prefix_fast.kernels import (
     prefix_attention_fwd,
     prefix_attention_split_fwd,
 )
+from triton.runtime.errors import OutOfResources
 
-from prefix_fast import prefix_attention, selfcheck, testing
+from prefix_fast import prefix_attention, selfcheck, testing, tuning
 from prefix_fast.backends import triton_vetting
+from prefix_fast.backends.triton_config import Tile
 from prefix_fast.backends.triton_vetting import Configuration, Kind
 from prefix_fast.testing import Case
 
@@ -56,6 +58,8 @@ class Tampered:
         def launch(**arguments):
             self.launched.append(arguments["num_warps"])
             wrong = arguments["num_warps"] in self.wrong_warps
+            if wrong and self.fault == "too large":
+                raise OutOfResources(131072, 101376, "shared memory")
             if wrong and self.fault == "raises":
                 raise RuntimeError("out of resource: shared memory")
             heads_left_out = 1 if wrong and self.fault == "unwritten" else 0
@@ -129,6 +133,27 @@ def test_a_kernel_that_is_wrong_with_its_safe_tile_too_is_refused(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prefix_attention(query, query, query, prefix, prefix)
+
+
+@pytest.mark.parametrize("kernel", CALLS)
+def test_a_tile_without_room_gives_way_to_its_safe_one_with_one_warning(monkeypatch, kernel):
+    tampered = tamper(monkeypatch, kernel, "too large")
+    problem = testing.make_problem(CALLS[kernel])
+    expected = f"room for the triton configuration {kernel}-D16-fp32-ieee.*Required: 131072.*safe tile"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        testing.check(problem, "triton")
+    assert len(caught) == 1
+    testing.check(problem, "triton")  # a second warning would be an error
+    assert set(tampered.launched) == {TABLE_WARPS, SAFE_WARPS}
+
+
+def test_a_self_check_and_tuning_are_told_of_a_tile_without_room(monkeypatch):
+    tamper(monkeypatch, "dq", "too large")
+    configuration = Configuration("dq", KIND)
+    assert "Required: 131072" in selfcheck.failure(torch.device("cpu"), configuration, Tile(32, 32, TABLE_WARPS, 1))
+    launch = tuning._launcher(torch.device("cpu"), None, configuration, Case(B=1, Tq=33, Tk=33, P=9))
+    with pytest.raises(OutOfResources):
+        launch(Tile(32, 32, TABLE_WARPS, 1))
 
 
 @pytest.mark.usefixtures("one_case_only")

@@ -217,6 +217,16 @@ def test_checks_cover_several_tiles_each_way_and_ragged_ends(kernel):
         assert any(case.key_mask == "none" for case in cases) and any(case.dropout_p for case in cases)
 
 
+@pytest.mark.parametrize("kernel", selfcheck._CHECKED)
+def test_checks_include_a_float32_bias_of_all_keys_beside_half_precision(kernel):
+    cases = selfcheck._CHECKED[kernel][1](getattr(safe_tiles(64), kernel), 64)
+    biased = [problem for case in cases if (problem := selfcheck.make_problem(case, KIND, "cpu")).attn_bias is not None]
+    assert biased
+    for problem in biased:
+        assert problem.query.dtype == torch.bfloat16 and problem.attn_bias.dtype == torch.float32
+        assert [s.bias.dtype for s in problem.sets] == [torch.float32]
+
+
 def test_checks_of_few_queries_cover_several_tiles_of_readers_and_each_block_of_queries():
     for name, block_d, tile in tiles_of_the_table():
         if name != "split":

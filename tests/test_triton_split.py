@@ -81,9 +81,9 @@ def test_a_growing_cache_changes_its_division_once_in_128_steps():
 
 def test_few_queries_take_a_small_tile_in_one_pass():
     tiles = tiles_for(H100, 128, torch.bfloat16)
-    for Tq, expected in ((1, tiles.few), (32, tiles.few), (33, tiles.forward), (512, tiles.forward)):
+    for Tq, expected in ((1, "few"), (32, "few"), (33, "forward"), (512, "forward")):
         call = make_call(make_problem(Case(B=1, H=2, Hkv=2, Tq=Tq, Tk=Tq)), H100, False)
-        assert triton_forward._tile_of_one_pass(call, tiles) == expected
+        assert triton_forward._kernel_of_one_pass(call, tiles) == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -17,6 +17,7 @@ import plain_flash
 import torch
 from sources import source_of
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -26,7 +27,7 @@ from prefix_fast.backends import triton_vetting
 from prefix_fast.backends.problem import Grads, Problem, SegmentSet
 from prefix_fast.backends.triton_config import Device, Tile, Tiles, tiles_for
 from prefix_fast.backends.triton_cost import CARDS
-from prefix_fast.backends.triton_vetting import Kind
+from prefix_fast.backends.triton_vetting import Kind, Trial
 
 MULTIPROCESSORS = {card.architecture: card.multiprocessors for card in CARDS.values()}
 TARGETS = tuple(MULTIPROCESSORS)
@@ -83,6 +84,29 @@ class Launch:
     def compile(self) -> CompiledKernel:
         """Machine code for the target; from Triton's cache where it has been compiled before."""
         return compile(self.source, target=self.target, options=self.options.__dict__)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that a program takes; Triton knows them long before there is machine code."""
+        backend, context = make_backend(self.target), ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
+        backend.add_stages(stages, self.options, self.source.language)
+        metadata = {"target": self.target, **self.options.__dict__}
+        lowering = backend.get_codegen_implementation(self.options), backend.get_module_map()
+        module = self.source.make_ir(self.target, self.options, *lowering, context)
+        for stage in ("ttir", "ttgir"):
+            module = stages[stage](module, metadata)
+
+        def stop(passes: Any, point: str, **_: Any) -> None:
+            if point == "ttgpuir-to-llvmir":  # memory has been shared out
+                passes.run(module, point)
+                raise StopIteration
+
+        with mock.patch(f"{type(backend).__module__}.instrument", stop, create=True), suppress(StopIteration):
+            stages["llir"](module, metadata)
+        return int(module.get_int_attr("ttg.shared"))
 
 
 def specialised(function: JITFunction, grid: Any, target: GPUTarget, *args: Any, **kwargs: Any) -> Launch:
@@ -169,6 +193,24 @@ def launches_of(
         launcher.forward(problem, out, lse)
         launcher.backward(problem, out, lse, torch.empty_like(out), None, Grads(*own, sets))
     return launches
+
+
+def launches_of_trial(problem: Problem, architecture: str, kernel: str, tile: Tile | None = None) -> list[Launch]:
+    """Those of one kernel with a tile, or the table's; whatever the cost model would choose, for all its gradients."""
+    out, lse = torch.empty_like(problem.query), torch.empty(problem.query.shape[:-1], device="meta")
+    query = None if kernel == "dkv" else torch.empty_like(problem.query)
+    own = (torch.empty_like(t) if kernel == "dkv" else None for t in (problem.key, problem.value))
+    sets = ((None, None) if kernel == "dq" else (s.key, s.value) for s in problem.sets)
+    device = Device(architecture, MULTIPROCESSORS[architecture])
+    with recording(architecture) as launches:
+        table = tiles_for(device, *launcher.make_call(problem, device, False).kind)
+        trial = Trial(kernel, tile or getattr(table, kernel))
+        if kernel in ("dq", "dkv", "short"):
+            launcher.backward(problem, out, lse, out, None, Grads(query, *own, tuple(sets)), trial)
+        else:
+            launcher.forward(problem, out, lse, trial)
+    function = {"few": "forward_kernel", "split": "split_forward_kernel"}.get(kernel, f"{kernel}_kernel")
+    return [launch for launch in launches if launch.kernel == function]
 
 
 def plain_launch(kernel: str, call: Problem, architecture: str, tile: Tile, precision: str) -> Launch:

@@ -98,7 +98,8 @@ def _prepare(problem: Problem, trial: Trial | None) -> tuple[Call, Tiles]:
     call = make_call(problem, device_of(index), interpreting())
     if trial is None:
         return call, triton_vetting.tiles_of_call(index, call.kind)
-    return call._replace(trial=trial.kernel), safe_tiles(call.block_d)._replace(**{trial.kernel: trial.tile})
+    tiles = safe_tiles(call.block_d)._replace(**{trial.kernel: trial.tile})
+    return call._replace(trial=trial.kernel, spare=False), tiles
 
 
 def interpreting() -> bool:

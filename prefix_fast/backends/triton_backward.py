@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,22 @@ def backward(
     call: Call, tiles: Tiles, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: Grads
 ) -> None:
     """Write every element of every gradient that is wanted, and compute no other."""
+    tiles = call.fitting(tiles)
     scratch = _prepare(call, out, lse, grad_out, grad_lse)
     fused = triton_short.fuses(call, tiles.short, grads)
-    if grads.query is not None and fused:
-        triton_short.queries_and_segments(call, tiles.short, grad_out, scratch, grads.query, *grads.sets[0])
-    elif grads.query is not None:
-        _queries(call, tiles.dq, grad_out, scratch, grads.query)
+    query = grads.query
+    if query is not None and fused:
+        write = triton_short.queries_and_segments
+        call.run("short", tiles, lambda tile: write(call, tile, grad_out, scratch, query, *grads.sets[0]))
+    elif query is not None:
+        call.run("dq", tiles, lambda tile: _queries(call, tile, grad_out, scratch, query))
     for index, (grad_key, grad_value) in enumerate([*grads.sets, (grads.key, grads.value)]):
         computed = fused and index == 0
         if not computed and any(t is not None and t.numel() > 0 for t in (grad_key, grad_value)):
-            _set(call, tiles.dkv, index, grad_out, scratch, grad_key, grad_value)
+            launch = partial(
+                _set, call, index=index, grad_out=grad_out, scratch=scratch, grad_key=grad_key, grad_value=grad_value
+            )
+            call.run("dkv", tiles, launch)
 
 
 def _prepare(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Any]:

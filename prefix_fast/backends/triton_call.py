@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prefix_fast.backends.problem import Problem, SegmentSet, make_plan
-from prefix_fast.backends.triton_config import Device, Tile, padded, precision_of
-from prefix_fast.backends.triton_vetting import Kind
+from prefix_fast.backends.triton_config import Device, Tile, Tiles, padded, precision_of, safe_tiles, with_room
+from prefix_fast.backends.triton_vetting import Configuration, Kind, warn_of_room
 
 SCRATCH_TILE = 128  # the kernels' PADDING
 _FARTHEST = 2**30  # as in the kernels: offsets and windows beyond change nothing
@@ -33,12 +34,22 @@ class Call(NamedTuple):
     numbers: dict[str, Any]  # of the scores, the softmax and dropout
     flags: dict[str, Any]  # compile-time constants
     trial: str | None = None  # the kernel that a self-check runs, whatever the cost model would choose
+    spare: bool = True  # where the card has no room for a kernel's tile, its safe one runs
 
     @property
     def kind(self) -> Kind:
         """What its configurations are vetted for."""
         dtype = self.problem.query.dtype
         return Kind(self.block_d, dtype, self.flags["PRECISION"], any(s.key.dtype != dtype for s in self.problem.sets))
+
+    def fitting(self, tiles: Tiles) -> Tiles:
+        """The tiles with room for the options of this call."""
+        if not (self.flags["NATURAL"] or self.flags["DROPOUT"]):
+            return tiles
+        size = self.problem.query.element_size()
+        biases = (self.problem.attn_bias, *(s.bias for s in self.problem.sets))
+        wide_bias = any(bias is not None and bias.element_size() > size for bias in biases)
+        return with_room(self.device, tiles, self.block_d, wide_bias)
 
     def launch(self, tile: Tile) -> dict[str, Any]:
         """Block sizes and launch options of a configuration. FP fusion is set, as its default changes with releases."""
@@ -47,6 +58,19 @@ class Call(NamedTuple):
             "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps, "num_stages": stages,
             "enable_fp_fusion": True,
         }  # fmt: skip
+
+    def run(self, kernel: str, tiles: Tiles, launch: Callable[[Tile], None]) -> None:
+        """`launch` with the kernel's tile; Triton refuses one that the card has no room for before anything runs."""
+        tile, safe = getattr(tiles, kernel), getattr(safe_tiles(self.block_d), kernel)
+        try:
+            launch(tile)
+        except Exception as error:
+            from triton.runtime.errors import OutOfResources
+
+            if not self.spare or tile == safe or not isinstance(error, OutOfResources):
+                raise
+            warn_of_room(self.problem.query.device, Configuration(kernel, self.kind), str(error))
+            launch(safe)
 
     def readers(self, index: int) -> tuple[Tensor | None, Tensor | None]:
         """The rows in order of the segment of set `index` that they read, and where each segment's begin (`Plan`).

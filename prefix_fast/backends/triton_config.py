@@ -110,8 +110,10 @@ _FLOAT32 = {
 _MIXED = {
     64: {"forward": Tile(64, 64, 8, 1), "dq": Tile(64, 32, 8, 1), "dkv": Tile(32, 64, 4, 1)},
     128: {"forward": Tile(64, 64, 8, 1), "dq": Tile(64, 32, 8, 1)},
+    256: {"dq": Tile(32, 16, 8, 1)},
 }
 _MIXED_AS_TABLE = ("sm_90", "sm_100")
+_ROOMY = ("sm_80", "sm_90", "sm_100")  # with shared memory for every stage, whatever the options of a call
 _INTERPRETER = every_kernel(Tile(32, 32, 1, 1))
 _MULTIPROCESSORS_OF_INTERPRETER = 8
 
@@ -149,6 +151,21 @@ def tiles_for(device: Device, head_dim: int, dtype: torch.dtype, precision: str 
         return safe
     forward, dq, dkv = _FLOAT32[precision][size]
     return safe._replace(forward=forward, dq=dq, dkv=dkv)
+
+
+@functools.lru_cache(maxsize=1024)
+def with_room(device: Device, tiles: Tiles, block_d: int, wide_bias: bool) -> Tiles:
+    """The tiles for a call with a bias or dropout, which need shared memory too: fewer stages where a card has little.
+
+    A float32 bias beside half-precision queries is loaded as many stages ahead as keys and values, and dq of a large
+    head dim has no room for that beside all its queries.
+    """
+    if device.architecture in _ROOMY or not (wide_bias or block_d > 64):
+        return tiles
+    fewer = Tiles(*(tile._replace(stages=min(tile.stages, 2)) for tile in tiles))
+    if wide_bias and block_d > 64:
+        return fewer._replace(dq=fewer.dq._replace(queries=min(fewer.dq.queries, 64)))
+    return fewer
 
 
 def safe_tiles(block_d: int) -> Tiles:

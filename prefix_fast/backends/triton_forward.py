@@ -14,11 +14,12 @@ from prefix_fast.backends.triton_cost import Shape, Split, blocks, key_chunks, l
 
 def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
     """Write every element of out and of lse."""
+    tiles = call.fitting(tiles)
     split = choose_split(call, tiles)
     if split is not None:
-        triton_decode.forward(call, tiles.split, split, out, lse)
+        call.run("split", tiles, lambda tile: _split(call, tile, split, tiles.split.queries, out, lse))
     else:
-        _one_pass(call, _tile_of_one_pass(call, tiles), out, lse)
+        call.run(_kernel_of_one_pass(call, tiles), tiles, lambda tile: _one_pass(call, tile, out, lse))
 
 
 def choose_split(call: Call, tiles: Tiles) -> Split | None:
@@ -33,6 +34,14 @@ def choose_split(call: Call, tiles: Tiles) -> Split | None:
 
 
 _choose = functools.lru_cache(maxsize=1024)(key_chunks)
+
+
+def _split(call: Call, tile: Tile, split: Split, most: int, out: Tensor, lse: Tensor) -> None:
+    """The same chunks of keys whatever the tile; fewer queries in one where it is smaller than that of the choice."""
+    if tile.queries < most:
+        queries, own_queries = (min(number, tile.queries) for number in (split.queries, split.own_queries))
+        split = split._replace(queries=queries, own_queries=own_queries)
+    triton_decode.forward(call, tile, split, out, lse)
 
 
 def shape_of(call: Call) -> Shape:
@@ -50,11 +59,11 @@ def shape_of(call: Call) -> Shape:
     )  # fmt: skip
 
 
-def _tile_of_one_pass(call: Call, tiles: Tiles) -> Tile:
-    """That for few queries where at most two of its tiles hold a row; of packed rows the longest is known, or not."""
+def _kernel_of_one_pass(call: Call, tiles: Tiles) -> str:
+    """That of few queries where at most two of its tiles hold a row; of packed rows the longest is known, or not."""
     longest = call.max_queries if call.problem.cu_seqlens_q is None else call.problem.max_seqlen_q
     few = longest is not None and longest <= 2 * tiles.few.queries
-    return tiles.few if call.trial == "few" or (call.trial is None and few) else tiles.forward
+    return "few" if call.trial == "few" or (call.trial is None and few) else "forward"
 
 
 def _one_pass(call: Call, tile: Tile, out: Tensor, lse: Tensor) -> None:

@@ -27,7 +27,7 @@ from prefix_fast.files import replace_files
 
 KERNELS = Tiles._fields
 OLDEST_CAPABILITY = (8, 0)
-_FORMAT = 2  # of the files, and of what is checked
+_FORMAT = 3  # of the files, and of what is checked
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -103,7 +103,7 @@ class Environment(NamedTuple):
 _verdicts: dict[tuple[Environment, Configuration], Verdict | None] = {}
 _tiles: dict[tuple[int | None, Kind], Tiles] = {}
 _refusals: dict[tuple[int | None, Kind], list[str]] = {}
-_warned: set[tuple[Environment, Configuration] | str] = set()
+_warned: set[tuple[Any, ...] | str] = set()
 
 
 def kind_of(head_dim: int, dtype: torch.dtype, mixed: bool) -> Kind:
@@ -220,6 +220,19 @@ def _warn_of_failure(environment: Environment, configuration: Configuration, ver
         warnings.warn(
             f"prefix_fast: the self-check found the triton configuration {configuration} wrong on {environment.card}, "
             f"so a slower safe tile is used: {verdict.failure}; prefix-fast doctor shows all of them",
+            stacklevel=2,
+        )
+
+
+def warn_of_room(device: torch.device, configuration: Configuration, error: str) -> None:
+    """Say once that a configuration does not fit the device in a call."""
+    index = device.index if device.type == "cuda" else None
+    key = (environment_of(index), configuration, "room")
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"prefix_fast: expected {key[0].card} to have room for the triton configuration {configuration} with this "
+            f"call's options, got {error}; a slower safe tile is used",
             stacklevel=2,
         )
 
