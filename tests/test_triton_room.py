@@ -84,7 +84,7 @@ def too_large(launches: list[Launch], architecture: str) -> list[tuple[str, tupl
     ("architecture", "kernel", "D", "options"),
     [
         ("sm_86", "forward", 64, "mask bias"),
-        ("sm_86", "dq", 64, "mask bias"),
+        ("sm_80", "forward", 128, "all"),
         ("sm_120", "dkv", 64, "mask bias"),
         ("sm_120", "dq", 128, "dropout"),
         ("sm_89", "dq", 128, "mask bias"),

@@ -113,7 +113,7 @@ _MIXED = {
     256: {"dq": Tile(32, 16, 8, 1)},
 }
 _MIXED_AS_TABLE = ("sm_90", "sm_100")
-_ROOMY = ("sm_80", "sm_90", "sm_100")  # with shared memory for every stage, whatever the options of a call
+_ROOMY = ("sm_90", "sm_100")  # with shared memory for every stage, whatever the options of a call
 _INTERPRETER = every_kernel(Tile(32, 32, 1, 1))
 _MULTIPROCESSORS_OF_INTERPRETER = 8
 
@@ -163,6 +163,8 @@ def with_room(device: Device, tiles: Tiles, block_d: int, wide_bias: bool) -> Ti
     if device.architecture in _ROOMY or not (wide_bias or block_d > 64):
         return tiles
     fewer = Tiles(*(tile._replace(stages=min(tile.stages, 2)) for tile in tiles))
+    if device.architecture == "sm_80":
+        return tiles._replace(forward=fewer.forward) if wide_bias and block_d > 64 else tiles
     if wide_bias and block_d > 64:
         return fewer._replace(dq=fewer.dq._replace(queries=min(fewer.dq.queries, 64)))
     return fewer
