@@ -34,6 +34,14 @@ def alone(model, bank, name):
     return patch(twin(model), 0 if name is None else twin(bank[name]))
 
 
+def assert_rows_as_alone(model, batch, expected):
+    """Each row of the mixed batch has the logits of its own model, which reads the row's prefix alone."""
+    out = model(**batch.arguments(), prefix_ids=ROWS)
+    for row, theirs in enumerate(expected):
+        one = {name: tensor[row : row + 1] for name, tensor in batch.arguments().items()}
+        assert_close(out.logits[row], theirs(**one).logits[0], 1e-5)
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_equals_its_prefix_alone(family, padding):
@@ -54,10 +62,7 @@ def test_seq2seq_row_equals_its_prefix_alone(family):
     bank, batch = make_site_bank(model), make_seq2seq_batch("right", rows=6, source=13, target=7)
     expected = [alone(model, bank, name) for name in ROWS]
     patch(model, bank)
-    out = model(**batch.arguments(), prefix_ids=ROWS)
-    for row, theirs in enumerate(expected):
-        one = {name: tensor[row : row + 1] for name, tensor in batch.arguments().items()}
-        assert_close(out.logits[row], theirs(**one).logits[0], 1e-5)
+    assert_rows_as_alone(model, batch, expected)
 
 
 @pytest.mark.parametrize("sites", [("decoder",), ("encoder",), ("cross", "decoder")], ids="-".join)
@@ -67,10 +72,7 @@ def test_bank_at_some_sites(family, sites):
     bank, batch = make_site_bank(model, sites), make_seq2seq_batch("left", rows=6, source=13)
     expected = [alone(model, bank, name) for name in ROWS]
     patch(model, bank)
-    out = model(**batch.arguments(), prefix_ids=ROWS)
-    for row, theirs in enumerate(expected):
-        one = {name: tensor[row : row + 1] for name, tensor in batch.arguments().items()}
-        assert_close(out.logits[row], theirs(**one).logits[0], 1e-5)
+    assert_rows_as_alone(model, batch, expected)
 
 
 def test_whisper_decoder_rows_equal_their_prefixes_alone():

@@ -6,29 +6,11 @@ import pickle
 import pytest
 import torch
 from models_zoo import WITH_EXTRAS, assert_close, make_batch, make_model, make_peft
+from peft_steps import assert_same_step, assert_same_training, step
 
 from prefix_fast.patching import patch, unpatch
 
 peft = pytest.importorskip("peft")
-
-
-def step(model, batch, optimizer=None, **arguments):
-    """Loss and gradients by name; with an optimizer, one step of it."""
-    model.train()
-    model.zero_grad()
-    loss = model(**{**batch.arguments(), **arguments}).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    if optimizer is not None:
-        optimizer.step()
-    return loss.detach(), gradients
-
-
-def assert_same_step(ours, theirs):
-    assert_close(ours[0], theirs[0], 1e-5)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, gradient in theirs[1].items():
-        assert_close(ours[1][name], gradient)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -37,15 +19,7 @@ def assert_same_step(ours, theirs):
 def test_three_optimizer_steps_are_equal(family, projection, padding):
     theirs = make_peft(family, prefix_projection=projection)
     ours = patch(copy.deepcopy(theirs))
-    optimizers = [
-        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.3, momentum=0.9) for m in (ours, theirs)
-    ]
-    for seed in range(3):
-        batch = make_batch(padding, seed=seed)
-        assert_same_step(*(step(m, batch, o) for m, o in zip((ours, theirs), optimizers, strict=True)))
-    for (name, ours_now), (same, theirs_now) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        assert name == same
-        assert_close(ours_now, theirs_now)
+    assert_same_training(ours, theirs, [make_batch(padding, seed=seed) for seed in range(3)])
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

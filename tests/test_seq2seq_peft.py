@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from models_zoo import assert_close
+from peft_steps import assert_same_step, assert_same_training, step
 from seq2seq_zoo import make_seq2seq, make_seq2seq_batch
 
 from prefix_fast.patching import patch, unpatch
@@ -25,40 +26,13 @@ def make_peft(family, **options):
     return peft.get_peft_model(base, peft.PrefixTuningConfig(**options))
 
 
-def step(model, batch, optimizer=None, **arguments):
-    """Loss and gradients by name; with an optimizer, one step of it."""
-    model.train()
-    model.zero_grad()
-    loss = model(**{**batch.arguments(), **arguments}).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    if optimizer is not None:
-        optimizer.step()
-    return loss.detach(), gradients
-
-
-def assert_same_step(ours, theirs):
-    assert_close(ours[0], theirs[0], 1e-5)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, gradient in theirs[1].items():
-        assert_close(ours[1][name], gradient)
-
-
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("projection", [True, False], ids=["projection", "direct"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_three_optimizer_steps_are_equal(family, projection, padding):
     theirs = make_peft(family, prefix_projection=projection, encoder_hidden_size=16)
     ours = patch(copy.deepcopy(theirs))
-    optimizers = [
-        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.3, momentum=0.9) for m in (ours, theirs)
-    ]
-    batch = make_seq2seq_batch(padding)
-    for _ in range(3):
-        assert_same_step(*(step(m, batch, o) for m, o in zip((ours, theirs), optimizers, strict=True)))
-    for (name, ours_now), (same, theirs_now) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        assert name == same
-        assert_close(ours_now, theirs_now)
+    assert_same_training(ours, theirs, [make_seq2seq_batch(padding)] * 3)
 
 
 @pytest.mark.parametrize(
