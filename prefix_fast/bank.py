@@ -243,13 +243,12 @@ class PrefixBank(nn.Module):
         with _naming(name):
             if self._offered is not None:
                 check_same_sites(found, self._offered, "PrefixBank")
-        for other, entry in self._entries.items():
-            if entry.sites != found:
-                raise ValueError(
-                    f"PrefixBank: expected {name!r} to be for the model and sites of the other entries, {entry.sites}"
-                    f" of {other!r}, got {found}; a bank is for one model"
-                )
-            return
+        other, entry = next(iter(self._entries.items()), (name, None))
+        if entry is not None and entry.sites != found:
+            raise ValueError(
+                f"PrefixBank: expected {name!r} to be for the model and sites of the other entries, {entry.sites}"
+                f" of {other!r}, got {found}; a bank is for one model"
+            )
 
     def _read(self, names: Iterable[str]) -> list[Prefix]:
         """The modules; those that are not in memory are loaded, and others dropped for them."""
@@ -365,6 +364,6 @@ def _naming(name: str) -> Iterator[None]:
     """Put the entry's name before the messages of what is read for it."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, NotImplementedError) as error:
+    except _LOADING_ERRORS as error:
         kind = next(kind for kind in _LOADING_ERRORS if isinstance(error, kind))
         raise kind(f"PrefixBank entry {name!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""A training step of a patched PeftModel beside the same step unpatched."""
+"""What a patched PeftModel does beside the same unpatched: training steps, saved files."""
 
 import torch
 from models_zoo import assert_close
@@ -33,3 +33,13 @@ def assert_same_training(ours, theirs, batches):
     for (name, ours_now), (same, theirs_now) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == same
         assert_close(ours_now, theirs_now)
+
+
+def assert_same_files(folder, ours, theirs):
+    """Both save the same files, byte for byte; ours are left in `folder / "ours"`."""
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        model.save_pretrained(folder / name)
+    files = sorted(path.name for path in (folder / "theirs").iterdir())
+    assert files == sorted(path.name for path in (folder / "ours").iterdir())
+    for name in files:
+        assert (folder / "ours" / name).read_bytes() == (folder / "theirs" / name).read_bytes()

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from models_zoo import WITH_EXTRAS, assert_close, make_batch, make_model, make_peft
-from peft_steps import assert_same_step, assert_same_training, step
+from peft_steps import assert_same_files, assert_same_step, assert_same_training, step
 
 from prefix_fast.patching import patch, unpatch
 
@@ -60,12 +60,7 @@ def test_bfloat16_model_takes_the_prefix_in_its_dtype():
 def test_saved_files_are_equal_byte_for_byte(tmp_path, projection):
     theirs = make_peft("llama", prefix_projection=projection)
     ours = patch(copy.deepcopy(theirs))
-    for name, model in (("ours", ours), ("theirs", theirs)):
-        model.save_pretrained(tmp_path / name)
-    files = sorted(path.name for path in (tmp_path / "theirs").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "ours").iterdir())
-    for name in files:
-        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    assert_same_files(tmp_path, ours, theirs)
     loaded = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "ours")
     batch = make_batch("left")
     expected = loaded(batch.input_ids, attention_mask=batch.attention_mask).logits

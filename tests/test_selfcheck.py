@@ -3,13 +3,10 @@
 Cards are faked. The check itself runs in a process of its own, under Triton's interpreter: `selfcheck_cases.py`.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from faked_cards import DKV, KIND, files, forget, table_tile
+from interpreted import run_cases
 
 from prefix_fast import selfcheck
 from prefix_fast.backends import triton_config, triton_vetting
@@ -242,11 +239,4 @@ def test_checks_of_few_queries_cover_several_tiles_of_readers_and_each_block_of_
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_self_check_tells_right_kernels_from_wrong_ones(root, chosen):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", chosen)
-    done = subprocess.run(
-        [sys.executable, "-I", "-m", "pytest", *options, str(root / "tests" / "selfcheck_cases.py")],
-        cwd=root, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_cases(root, "selfcheck_cases.py", chosen)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from models_zoo import assert_close
-from peft_steps import assert_same_step, assert_same_training, step
+from peft_steps import assert_same_files, assert_same_step, assert_same_training, step
 from seq2seq_zoo import make_seq2seq, make_seq2seq_batch
 
 from prefix_fast.patching import patch, unpatch
@@ -84,12 +84,7 @@ def test_tokens_are_equal(family, padding, way):
 def test_saved_files_are_equal_byte_for_byte(tmp_path, projection):
     theirs = make_peft("bart", prefix_projection=projection)
     ours = patch(copy.deepcopy(theirs))
-    for name, model in (("ours", ours), ("theirs", theirs)):
-        model.save_pretrained(tmp_path / name)
-    files = sorted(path.name for path in (tmp_path / "theirs").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "ours").iterdir())
-    for name in files:
-        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    assert_same_files(tmp_path, ours, theirs)
     loaded = peft.PeftModel.from_pretrained(make_seq2seq("bart", **BART), tmp_path / "ours")
     batch = make_seq2seq_batch("left")
     expected = loaded(**batch.arguments()).logits

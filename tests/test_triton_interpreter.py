@@ -1,32 +1,14 @@
 """The Triton kernels under Triton's interpreter against the oracle; each run is a process that begins with it on."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreted import run_cases, run_module
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 SAMPLE = (0, 9, 24, 31, 60)  # of triton_mutants.MUTANTS
-
-
-def interpreted(root: Path, *arguments: str | Path) -> str:
-    """What a Python process prints in which the interpreter runs Triton kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", *map(str, arguments)], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def run_module(root: Path, name: str, *arguments: object) -> str:
-    """What the program `tests/<name>.py` prints under the interpreter."""
-    start = f"import sys; sys.path.insert(0, 'tests'); import {name}; sys.exit(min({name}.main(sys.argv[1:]), 1))"
-    return interpreted(root, "-c", start, *map(str, arguments))
 
 
 @pytest.mark.parametrize(("dtype", "first", "last"), [("fp32", 0, 12), ("fp16", 0, 12), ("bf16", 12, 15)])
@@ -94,10 +76,7 @@ def test_every_property_of_the_operator_holds(chosen: str, root: Path) -> None:
 
 
 def _properties(root: Path, chosen: str) -> None:
-    file = root / "tests" / "test_operator_properties.py"
-    start = "import sys; sys.path.insert(0, 'tests'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    plugins = ("-p", "triton_harness", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist")
-    assert " passed" in interpreted(root, "-c", start, "-q", *plugins, "-k", chosen, file)
+    run_cases(root, "test_operator_properties.py", chosen, "-p", "triton_harness")
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

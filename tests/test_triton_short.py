@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from interpreted import run_module
 from test_triton_interpreter import pytestmark as needs_triton
-from test_triton_interpreter import run_module
 
 from prefix_fast.backends.triton_config import Device, Tile
 from prefix_fast.backends.triton_cost import LEAST_TILES, Shape, fuses_short_prefix, short_splits

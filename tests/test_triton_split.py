@@ -1,13 +1,11 @@
 """Which path a forward pass takes, and into how many parts; and the split forward, in a process of its own."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import run_cases
 
 from prefix_fast.backends import triton_forward
 from prefix_fast.backends.triton_call import make_call
@@ -91,11 +89,4 @@ def test_few_queries_take_a_small_tile_in_one_pass():
     "chosen", ["chunks3 or places", pytest.param("not (chunks3 or places)", marks=pytest.mark.slow)]
 )
 def test_the_split_forward_is_right_in_the_interpreter(chosen: str, root: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    start = "import sys; sys.path.insert(0, 'tests'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", chosen)
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", start, *options, str(root / "tests" / "triton_split.py")],
-        cwd=root, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    run_cases(root, "triton_split.py", chosen)

@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton
 from figures import Row, faults_of, programs_together, row_of, works_of
+from interpreted import run_python
 from launches import Launch, Shape, launches_of, problem_of
 from machine_code import matrix_loops, natural_loops, parse_amd, parse_sass, work_of
 from registry import CONFIGURATIONS, ENTRIES, UNMASKED, Call, call_named
@@ -197,10 +196,7 @@ def test_fingerprint_ignores_comments_alone() -> None:
 
 
 def test_plain_flash_attention_is_attention(root: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    file = root / "tests" / "triton_plain_flash.py"
-    done = subprocess.run([sys.executable, "-I", str(file)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python(root, root / "tests" / "triton_plain_flash.py")
 
 
 def specialisations(shapes: list[Shape], **options: Any) -> dict[str, set[str]]:

@@ -14,6 +14,7 @@ import warnings
 import pytest
 import torch
 from faked_cards import DKV, KIND, files, forget, table_tile
+from interpreted import run_cases
 
 from prefix_fast import selfcheck, tuning
 from prefix_fast.backends import triton_neighbours, triton_vetting
@@ -343,11 +344,4 @@ def test_the_shapes_run_the_kernel_with_the_tile(architecture, kernel, monkeypat
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_tuning_with_real_launches(root, chosen):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", chosen)
-    done = subprocess.run(
-        [sys.executable, "-I", "-m", "pytest", *options, str(root / "tests" / "tuning_cases.py")],
-        cwd=root, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_cases(root, "tuning_cases.py", chosen)

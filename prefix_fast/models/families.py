@@ -56,8 +56,13 @@ def position_limit(model: Any) -> int | None:
     words = model.get_input_embeddings()
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding) and module is not words:
-            return module.num_embeddings - int(getattr(module, "offset", 0))
+            return table_size(module)
     return None
+
+
+def table_size(table: nn.Embedding) -> int:
+    """The number of positions in a table of learned ones, whose first rows may be no positions."""
+    return table.num_embeddings - int(getattr(table, "offset", 0))
 
 
 def shifted_positions(style: str, arguments: dict[str, Any], length: int | Tensor) -> Tensor:

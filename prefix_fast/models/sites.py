@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_fast.choice import Choice
+from prefix_fast.geometry import SITES
 from prefix_fast.models import families
 
 MARK = "_prefix_fast_site"
@@ -71,7 +72,7 @@ def mark(model: nn.Module, calls: list[tuple[nn.Module, int]], source: int) -> d
         The number of layers found at each site.
     """
     encoder = set(model.get_encoder().modules())  # type: ignore[operator]
-    found = dict.fromkeys(("encoder", "decoder", "cross"), 0)
+    found = dict.fromkeys(SITES, 0)
     first: dict[str, nn.Module] = {}
     for module, keys in calls:
         name = "encoder" if module in encoder else "cross" if keys == source else "decoder"
@@ -126,9 +127,7 @@ def _shifted_class(cls: Any) -> Any:
         if positions is None:
             arguments["past_key_values_length"] = arguments.get("past_key_values_length", 0) + shift
         else:
-            limit = self.num_embeddings - int(getattr(self, "offset", 0)) if isinstance(self, nn.Embedding) else None
-            families.check_positions(positions + shift, limit, cls.__name__)
-            arguments["position_ids"] = positions + shift
+            arguments["position_ids"] = _in_table(self, positions + shift)
         return original(self, **arguments)
 
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -149,12 +148,17 @@ def _shifted_rows(table: Any, original: Any, arguments: dict[str, Any], choice: 
         tokens: Any = arguments.get("input_ids", arguments.get("input_ids_shape"))
         count = tokens.shape[1] if isinstance(tokens, Tensor) else tokens[1]
         positions = torch.arange(count, device=choice.lengths.device) + past
-    positions = positions + choice.lengths
-    limit = table.num_embeddings - int(getattr(table, "offset", 0)) if isinstance(table, nn.Embedding) else None
-    families.check_positions(positions, limit, type(table).__name__)
+    positions = _in_table(table, positions + choice.lengths)
     # Some tables put a dimension before the positions that they are given: they are given them in one row.
     flat = original(table, **{**arguments, "position_ids": positions.reshape(-1)})
     return flat.reshape(*positions.shape, -1)
+
+
+def _in_table(table: Any, positions: Tensor) -> Tensor:
+    """The positions; raises ValueError where a learned table has no more of them."""
+    limit = families.table_size(table) if isinstance(table, nn.Embedding) else None
+    families.check_positions(positions, limit, type(table).__name__)
+    return positions
 
 
 def _rebuild(cls: Any) -> Any:
