@@ -126,6 +126,7 @@ inline void attend(const Problem& p, const LaneBlock& block, const float* querie
         tile.key = tile_rows(arithmetic, run, run.key, run.key_stride, run.key_dtype, start, tile.count,
                              p.head_dim, reused, scratch()[kKeyTile]);
         prefetch_values(arithmetic, run, tile, p.head_dim);
+        tile.key.ahead = run.ahead;
         score_tile<Arithmetic>(block, tile, tile.key, p.head_dim, queries, scores, step,
                                write_scores(arithmetic, p));
         mask_scores(p, block, run, tile, scores, step);
@@ -133,6 +134,7 @@ inline void attend(const Problem& p, const LaneBlock& block, const float* querie
         online_softmax_update<Arithmetic>(block, tile, p.head_dim, scores, step, keep, state);
         tile.value = tile_columns(arithmetic, run, run.value, run.value_stride, run.value_dtype, start,
                                   tile.count, p.head_dim, reused, scratch()[kValueTile]);
+        tile.value.ahead = run.ahead;
         weigh_tile<Arithmetic>(block, tile, tile.value, p.head_dim, scores, step, state.out);
     }
 }

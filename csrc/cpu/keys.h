@@ -24,6 +24,7 @@ struct KeyRun {
     bool own = false;            // causal bound, bias and mask apply
     const bool* mask = nullptr;  // of position 0; null: every key of the run may be attended
     int64_t mask_stride = 0;
+    Ahead* ahead = nullptr;  // what to ask for while the run is multiplied
 
     bool visible(int64_t j) const { return mask == nullptr || mask[j * mask_stride]; }
 };

@@ -28,8 +28,9 @@ from prefix_fast.backends.shapes import Shape
 # decides how a call is cut.
 SIZES = {
     "kGroup": 16, "kLanes": 64, "kForwardTile": 256, "kBackwardTile": 64, "kFewQueries": 4, "kFoldedQueries": 32,
-    "kFoldedReaders": 8, "kItems": 256, "kMinimumChunk": 256, "kLaneChunk": 256, "kRowPiece": 128, "kPartItems": 192,
-    "kPartBytes": 1 << 27, "kKeyItems": 128, "kMinimumKeys": 256, "kFoldedExtent": 32, "kFewItems": 48,
+    "kFoldedReaders": 8, "kItems": 256, "kFullItems": 96, "kMinimumChunk": 256, "kLaneChunk": 256, "kRowPiece": 128,
+    "kPartItems": 192, "kPartBytes": 1 << 27, "kKeyItems": 128, "kMinimumKeys": 256, "kFoldedExtent": 32,
+    "kFewItems": 48,
 }  # fmt: skip
 GROUP, LANES = SIZES["kGroup"], SIZES["kLanes"]
 WORKING_SETS = (1 << 18, 1 << 22, 1 << 24, 1 << 25, 1 << 27)  # bytes from which the bandwidth is measured
@@ -295,8 +296,8 @@ def own_keys(shape: Shape) -> list[int]:
 
 
 def forward_work(shape: Shape) -> tuple[Work, Work]:
-    """Of the sets that are served segment-major, and of the rows."""
-    cut, D, shared, rows = _cut(shape), shape.head_dim, Work(), Work()
+    """Of the sets that are served segment-major, and of the rows; for short rows of both, and of merging them."""
+    cut, D, shared, rows, merged = _cut(shape), shape.head_dim, Work(), Work(), Work()
     walked = []
     for count, size in shape.sets:
         if not folds_forward(shape, count, size):
@@ -304,14 +305,15 @@ def forward_work(shape: Shape) -> tuple[Work, Work]:
             continue
         used = max(1, min(count, shape.rows))  # segments that rows read, equally many each
         blocks = max(math.ceil(cut.head_lanes / LANES), count)
-        chunks = key_chunks(size, SIZES["kItems"], shape.kv_heads * blocks, SIZES["kMinimumChunk"])
+        target = SIZES["kFullItems" if rows_fold(shape, count) else "kItems"]
+        chunks = key_chunks(size, target, shape.kv_heads * blocks, SIZES["kMinimumChunk"])
         if cut.head_lanes <= SIZES["kFewQueries"] * count:
             shared = shared.plus(Work(few=4.0 * D * cut.head_lanes * size))
         else:
             groups, blocks = (used * math.ceil(cut.head_lanes / used / lanes) for lanes in (GROUP, LANES))
             shared = shared.plus(_forward_tiles(shape, groups, blocks, size))
             shared = shared.plus(Work(rows=2.0 * D * GROUP * groups * chunks))  # queries and sums, transposed
-        rows = rows.plus(Work(rows=2.0 * D * cut.head_lanes * chunks / shape.rows))  # partial results, merged
+        merged = merged.plus(Work(rows=2.0 * D * cut.lanes * chunks))  # partial results
     if cut.lanes <= SIZES["kFewQueries"]:
         keys = sum(walked) + (own_keys(shape)[-1] if cut.lanes else 0)
         rows = rows.plus(Work(few=4.0 * D * cut.lanes * keys, rows=2.0 * D * cut.lanes))
@@ -320,7 +322,10 @@ def forward_work(shape: Shape) -> tuple[Work, Work]:
             rows = rows.plus(Work(rows=2.0 * D * GROUP))
             for size in (*walked, needed):
                 rows = rows.plus(_forward_tiles(shape, 1, int(_ends_block(shape, index)), size))
-    return shared.scaled(shape.kv_heads), rows.scaled(cut.pieces)
+    shared, rows, merged = shared.scaled(shape.kv_heads), rows.scaled(cut.pieces), merged.scaled(cut.pieces)
+    if len(walked) < len(shape.sets) and cut.lanes <= SIZES["kFoldedQueries"]:
+        return shared.plus(rows), merged.plus(Work(rows=2.0 * D * cut.lanes * cut.pieces))
+    return shared, rows.plus(merged)
 
 
 def _forward_tiles(shape: Shape, groups: int, blocks: int, keys: int) -> Work:
