@@ -25,8 +25,10 @@ from prefix_fast.testing import Case, float_tensors, make_problem, output_grads
 Result = TypeVar("Result")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc, and page faults of a thread, are Linux's")
 MEBI = 1 << 20
-# Every buffer that a thread can have is in use: dropout, masked keys, more than a tile of them, all gradients.
-EVERYTHING = Case(B=2, H=2, Hkv=2, Tq=70, Tk=130, P=140, D=64, dropout_p=0.1, key_mask="scattered")
+# Every buffer that a thread can have is in use: dropout, softcap, masked keys, more than a tile of them, all gradients.
+EVERYTHING = Case(
+    B=2, H=2, Hkv=2, Tq=70, Tk=130, P=140, D=64, dropout_p=0.1, key_mask="scattered", options={"softcap": 2.0}
+)
 
 
 @pytest.fixture(params=ISAS)

@@ -11,6 +11,8 @@
 #include <cstdint>
 
 #include "keys.h"
+#include "scores.h"
+#include "window.h"
 
 namespace prefix_fast {
 
@@ -86,16 +88,28 @@ inline void dot_keys(const float* queries, int64_t stride, Matrix keys, int64_t 
     }
 }
 
-inline void mask_few(const Problem& p, const LaneBlock& block, int lane, const KeyRun& run, int64_t start,
-                     int64_t count, float* scores) {
+// The logits of one lane, a row of keys: as `finish_scores` makes those of a block.
+inline void finish_few(const Problem& p, const LaneBlock& block, int lane, const KeyRun& run,
+                       const Window* window, int64_t start, int64_t count, float* scores) {
+    if (p.softcap > 0.0f) {
+        const Softcap capped(p.softcap);
+        Vec slope;
+        for (int64_t j = 0; j < count; j += kWidth) store(scores + j, capped(load(scores + j), slope));
+    }
+    if (run.bias) {
+        const char* bias = run.bias.at(block.row[lane], block.head[lane], block.query[lane], start);
+        for (int64_t j = 0; j < count; j += kWidth) {
+            const int64_t keys = std::min<int64_t>(kWidth, count - j);
+            store(scores + j, load(scores + j) + read_biases(run.bias, bias + j * run.bias.key, keys));
+        }
+    }
+    const int64_t left = window == nullptr ? 0 : std::clamp<int64_t>(window->floor[lane] - start, 0, count);
+    std::fill_n(scores, left, -kInf);
     if (!run.own) return;
-    const char* bias = p.bias == nullptr
-                           ? nullptr
-                           : p.bias + block.row[lane] * p.bias_row + block.head[lane] * p.bias_head +
-                                 block.query[lane] * p.bias_query + start * p.bias_key;
-    for (int64_t j = 0; j < count; ++j) {
-        if (bias != nullptr) scores[j] += read_bias(p, bias + j * p.bias_key);
-        if (start + j >= block.limit[lane] || !run.visible(start + j)) scores[j] = -kInf;
+    const int64_t seen = std::clamp<int64_t>(block.limit[lane] - start, 0, count);
+    std::fill(scores + seen, scores + count, -kInf);
+    for (int64_t j = 0; run.mask != nullptr && j < count; ++j) {
+        if (!run.visible(start + j)) scores[j] = -kInf;
     }
 }
 
@@ -183,7 +197,11 @@ inline void attend_lanes(const Problem& p, const LaneBlock& block, const float* 
     alignas(64) float scores[Lanes][kFewTile];
     int64_t last = run.last;
     if (run.own) last = std::min<int64_t>(last, block.limit[block.lanes - 1]);
-    for (int64_t start = run.first; start < last; start += kFewTile) {
+    Window bounds;
+    const Window* window = run.slides ? &(bounds = window_of(p, block, run)) : nullptr;
+    int64_t first = first_tile(window, run.first, kFewTile);
+    if (window != nullptr && run.own) first = std::max(first, window->lowest);  // all lanes are of one row
+    for (int64_t start = first; start < last; start += kFewTile) {
         const int64_t count = std::min(kFewTile, last - start);
         const Matrix key = tile_rows(run, run.key, run.key_stride, run.key_dtype, start, count, p.head_dim,
                                      false, scratch()[kKeyTile]);
@@ -193,7 +211,7 @@ inline void attend_lanes(const Problem& p, const LaneBlock& block, const float* 
         dot_keys<Lanes>(queries, stride, key, count, p.head_dim, scores);
         for (int l = 0; l < Lanes; ++l) {
             const int lane = std::min(l, block.lanes - 1);
-            mask_few(p, block, lane, run, start, count, scores[l]);
+            finish_few(p, block, lane, run, window, start, count, scores[l]);
             shrink[l] = update_few(scores[l], count, state.maximum[l], state.sum[l]);
             if (p.dropout) drop_few(p, block, lane, run, start, count, scores[l]);
         }

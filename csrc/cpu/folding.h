@@ -11,6 +11,7 @@
 #include "keys.h"
 #include "lanes.h"
 #include "problem.h"
+#include "window.h"
 
 namespace prefix_fast {
 
@@ -100,6 +101,17 @@ inline int64_t product_cost(const Problem& p, int64_t lanes, int64_t keys) {
 inline int64_t own_visible(const Problem& p, int64_t b, int64_t end) {
     const int64_t keys = p.keys_of(b);
     return p.causal ? std::clamp<int64_t>(end + p.offset[b], 0, keys) : keys;
+}
+
+// Own keys that some query of [first, end) of the row sees, masks aside.
+inline int64_t own_visible(const Problem& p, int64_t b, int64_t first, int64_t end) {
+    const int64_t keys = own_visible(p, b, end);
+    return p.window > 0 ? keys - std::clamp<int64_t>(window_floor(p, b, first, 0), 0, keys) : keys;
+}
+
+// Keys of the row's segment that some query from `first` on sees.
+inline int64_t segment_visible(const Problem& p, const SegmentSet& set, int64_t b, int64_t first) {
+    return set.ids[b] < 0 ? 0 : set.length[set.ids[b]] - window_hidden(p, set, b, first);
 }
 
 }  // namespace prefix_fast

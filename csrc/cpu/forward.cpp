@@ -79,23 +79,36 @@ void merge_parts(const Problem& p, const ForwardPlan& plan, const LaneBlock& blo
     }
 }
 
+// The head's sink joins the denominator of a query that saw a key; returns what O is multiplied by.
+float add_sink(float sink, float& maximum, float& sum) {
+    const float highest = sink > maximum ? sink : maximum;
+    const float mine = exp2(maximum - highest);
+    sum = sum * mine + exp2(sink - highest);
+    maximum = highest;
+    return mine;
+}
+
 // Merge, divide by l (and by 1 - p), write. A query that saw nothing gets out 0 and lse -inf.
 void finish(const Problem& p, const ForwardPlan& plan, const LaneBlock& block, float* maximum, float* sum,
             float* rows, const TokenView& out, const TokenView& lse) {
-    alignas(64) float logs[kLanes];
+    alignas(64) float logs[kLanes], factors[kLanes];
+    bool empty[kLanes];
     const int64_t stride = row_stride(p.head_dim);
     for (int lane = 0; lane < block.lanes; ++lane) {
         merge_parts(p, plan, block, lane, maximum[lane], sum[lane], rows + lane * stride);
+        empty[lane] = maximum[lane] == -kInf && sum[lane] == 0.0f;
+        factors[lane] = empty[lane] ? 0.0f : p.keep_scale;
+        if (!p.sinks.empty() && !empty[lane])
+            factors[lane] *= add_sink(p.sinks[block.head[lane]], maximum[lane], sum[lane]);
+        if (!empty[lane]) factors[lane] /= sum[lane];
     }
     for (int lane = 0; lane < block.lanes; lane += kWidth) store(logs + lane, log2(load(sum + lane)));
     for (int lane = 0; lane < block.lanes; ++lane) {
         const int64_t b = block.row[lane], h = block.head[lane], i = block.query[lane];
-        const bool empty = maximum[lane] == -kInf && sum[lane] == 0.0f;
-        write_row(out.at(b, h, i), out.dtype, p.head_dim, empty ? 0.0f : p.keep_scale / sum[lane],
-                  rows + lane * stride);
+        write_row(out.at(b, h, i), out.dtype, p.head_dim, factors[lane], rows + lane * stride);
         float natural = kLn2 * (maximum[lane] + logs[lane]);
         if (maximum[lane] == kLowest) natural = kLowest;  // nothing but biases of finfo.min
-        *reinterpret_cast<float*>(lse.at(b, h, i)) = empty ? -kInf : natural;
+        *reinterpret_cast<float*>(lse.at(b, h, i)) = empty[lane] ? -kInf : natural;
     }
 }
 
@@ -189,7 +202,11 @@ void run_folded_item(const Problem& p, const FoldedItem& item, Ahead& ahead) {
 
 // The own keys and values that the row reads, if each token's follows the last one's.
 void ask_for(const Problem& p, const RowItem& item, Ahead& ahead) {
-    const KeyRun run = own_run(p, item.row, item.kv_head);
+    KeyRun run = own_run(p, item.row, item.kv_head);
+    if (run.slides) {
+        const int64_t floor = window_floor(p, item.row, item.first_lane / p.group(), 0);
+        run.first = std::clamp(floor, run.first, run.last);
+    }
     const auto add = [&](const char* data, int64_t stride, DType dtype) {
         if (stride == p.head_dim * (dtype == DType::kFloat32 ? 4 : 2))
             ahead.add(data + run.first * stride, (run.last - run.first) * stride);

@@ -150,10 +150,9 @@ inline std::vector<FoldedItem> folded_items(const Problem& p, const ForwardPlan&
 
 inline int64_t row_cost(const Problem& p, const ForwardPlan& plan, int64_t b, int64_t first) {
     const int64_t end = std::min(first + kLanes, p.queries_of(b) * p.group());
-    int64_t keys = own_visible(p, b, ceil_div(end, p.group()));
-    for (int s : plan.walked) {
-        if (p.sets[s].ids[b] >= 0) keys += p.sets[s].length[p.sets[s].ids[b]];
-    }
+    const int64_t first_query = first / p.group();
+    int64_t keys = own_visible(p, b, first_query, ceil_div(end, p.group()));
+    for (int s : plan.walked) keys += segment_visible(p, p.sets[s], b, first_query);
     return lanes_cost(p, plan.few, end - first, keys);
 }
 
