@@ -18,6 +18,8 @@ namespace prefix_fast {
 
 constexpr int kFewQueries = 4;
 constexpr int64_t kFewTile = 128;  // keys
+constexpr int64_t kRowsAhead =
+    32;  // rows in place are asked for so many before their turn, up to the run's end
 
 struct FewState {
     float maximum[kGroup];  // of whole vectors
@@ -57,8 +59,8 @@ inline Vec dot_tails(const float* queries, int64_t stride, const float* const* k
 // s[l][j] = q_l . k_j for Lanes queries (rows [lane][D], `stride` apart), kWidth / Lanes keys at a time: a
 // key is read once for all of them.
 template <int Lanes>
-inline void dot_keys(const float* queries, int64_t stride, Matrix keys, int64_t count, int64_t head_dim,
-                     float (*scores)[kFewTile]) {
+inline void dot_keys(const float* queries, int64_t stride, Matrix keys, int64_t count, int64_t asked,
+                     int64_t head_dim, float (*scores)[kFewTile]) {
     constexpr int kKeys = kWidth / Lanes;
     const int64_t whole = head_dim / kWidth * kWidth;
     for (int64_t start = 0; start < count; start += kKeys) {
@@ -66,6 +68,7 @@ inline void dot_keys(const float* queries, int64_t stride, Matrix keys, int64_t 
         for (int u = 0; u < kKeys; ++u) key[u] = keys.data + std::min(start + u, count - 1) * keys.stride;
         Vec part[kWidth];
         for (int u = 0; u < kKeys; ++u) {  // one after the other, as they lie in memory
+            if (start + u < asked) prefetch_row(key[u] + kRowsAhead * keys.stride, head_dim);
             Vec sum[Lanes];
             for (int l = 0; l < Lanes; ++l) sum[l] = Vec{};
             for (int64_t d = 0; d < whole; d += kWidth) {
@@ -149,8 +152,8 @@ inline float update_few(float* scores, int64_t count, float& maximum, float& sum
 
 // O[l][d] = O[l][d] shrink[l] + sum_j p[l][j] v_j[d] for vectors [d, d + Columns) of all lanes.
 template <int Lanes, int Columns>
-PF_INLINE void weigh_columns(const float (*weights)[kFewTile], Matrix values, int64_t count, int64_t d,
-                             const float* shrink, float* out, int64_t stride) {
+PF_INLINE void weigh_columns(const float (*weights)[kFewTile], Matrix values, int64_t count, int64_t asked,
+                             int64_t d, const float* shrink, float* out, int64_t stride) {
     Vec sum[Lanes][Columns];
     for (int l = 0; l < Lanes; ++l) {
         for (int u = 0; u < Columns; ++u)
@@ -158,6 +161,7 @@ PF_INLINE void weigh_columns(const float (*weights)[kFewTile], Matrix values, in
     }
     const float* value = values.data + d;
     for (int64_t j = 0; j < count; ++j, value += values.stride) {
+        if (j < asked) prefetch_row(value + kRowsAhead * values.stride, Columns * kWidth);
         Vec column[Columns];
         for (int u = 0; u < Columns; ++u) column[u] = load(value + u * kWidth);
         for (int l = 0; l < Lanes; ++l) {
@@ -171,14 +175,14 @@ PF_INLINE void weigh_columns(const float (*weights)[kFewTile], Matrix values, in
 }
 
 template <int Lanes>
-inline void weigh_few(const float (*weights)[kFewTile], Matrix values, int64_t count, int64_t head_dim,
-                      const float* shrink, float* out, int64_t stride) {
+inline void weigh_few(const float (*weights)[kFewTile], Matrix values, int64_t count, int64_t asked,
+                      int64_t head_dim, const float* shrink, float* out, int64_t stride) {
     constexpr int kColumns = kWidth == 16 || Lanes == 1 ? 4 : 2;  // accumulators that fit the registers
     int64_t d = 0;
     for (; d + kColumns * kWidth <= head_dim; d += kColumns * kWidth)
-        weigh_columns<Lanes, kColumns>(weights, values, count, d, shrink, out, stride);
+        weigh_columns<Lanes, kColumns>(weights, values, count, asked, d, shrink, out, stride);
     for (; d + kWidth <= head_dim; d += kWidth)
-        weigh_columns<Lanes, 1>(weights, values, count, d, shrink, out, stride);
+        weigh_columns<Lanes, 1>(weights, values, count, asked, d, shrink, out, stride);
     for (; d < head_dim; ++d) {
         for (int l = 0; l < Lanes; ++l) {
             float sum = out[l * stride + d] * shrink[l];
@@ -202,20 +206,21 @@ inline void attend_lanes(const Problem& p, const LaneBlock& block, const float* 
     int64_t first = first_tile(window, run.first, kFewTile);
     if (window != nullptr && run.own) first = std::max(first, window->lowest);  // all lanes are of one row
     for (int64_t start = first; start < last; start += kFewTile) {
-        const int64_t count = std::min(kFewTile, last - start);
+        const int64_t count = std::min(kFewTile, last - start), asked = last - start - kRowsAhead;
         const Matrix key = tile_rows(run, run.key, run.key_stride, run.key_dtype, start, count, p.head_dim,
                                      false, scratch()[kKeyTile]);
         const Matrix value = tile_rows(run, run.value, run.value_stride, run.value_dtype, start, count,
                                        p.head_dim, false, scratch()[kValueTile]);
         float shrink[Lanes];
-        dot_keys<Lanes>(queries, stride, key, count, p.head_dim, scores);
+        dot_keys<Lanes>(queries, stride, key, count, key.fresh ? asked : 0, p.head_dim, scores);
         for (int l = 0; l < Lanes; ++l) {
             const int lane = std::min(l, block.lanes - 1);
             finish_few(p, block, lane, run, window, start, count, scores[l]);
             shrink[l] = update_few(scores[l], count, state.maximum[l], state.sum[l]);
             if (p.dropout) drop_few(p, block, lane, run, start, count, scores[l]);
         }
-        weigh_few<Lanes>(scores, value, count, p.head_dim, shrink, state.out, stride);
+        weigh_few<Lanes>(scores, value, count, value.fresh ? asked : 0, p.head_dim, shrink, state.out,
+                         stride);
     }
 }
 

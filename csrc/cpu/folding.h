@@ -17,6 +17,7 @@ namespace prefix_fast {
 
 constexpr int64_t kFoldedQueries = 32;  // fold rows when a row has at most this many lanes
 constexpr int64_t kFoldedReaders = 8;   // and a segment has at least this many lanes on average
+constexpr int64_t kFoldedExtent = 32;   // and so many keys that merging, or reading the lanes twice, pays
 
 // Rows by the segment that they read.
 struct Readers {
@@ -78,7 +79,7 @@ inline int64_t head_lanes(const Problem& p) {
 // Whether rows alone would leave most lanes idle, and others read the same segments.
 inline bool rows_fold(const Problem& p, const SegmentSet& set) {
     const int64_t lanes = p.query_bound * p.group();
-    return lanes <= kFoldedQueries && p.rows > 1 &&
+    return lanes <= kFoldedQueries && p.rows > 1 && set.mean_extent >= kFoldedExtent &&
            p.rows * lanes >= kFoldedReaders * std::max<int64_t>(set.count(), 1);
 }
 
