@@ -15,11 +15,11 @@
 
 namespace prefix_fast {
 
-// 2^x - 1 for x <= 0, relative error below 2e-7 (2^x of simd.h is exact to that beside 1, not beside 0); -1
-// from -127 down, NaN at NaN.
+// 2^x - 1 and 2^x for x <= 0, the relative error of either below 2e-7: the difference of the two would lose
+// it near x = 0. -1 and 0 from -127 down, NaN at NaN.
 //
-// x = n + f as there; 2^n (2^f - 1) + (2^n - 1) with a degree-5 minimax polynomial for (2^f - 1) / f.
-PF_INLINE Vec exp2_minus_one(Vec x) {
+// x = n + f as in simd.h; 2^n (2^f - 1) + (2^n - 1) with a degree-5 minimax polynomial for (2^f - 1) / f.
+PF_INLINE Vec exp2_minus_one(Vec x, Vec& whole) {
     const Vec magic = broadcast(12582912.0f);
     const Vec clamped = max(broadcast(-127.0f), x);
     const Vec shifted = clamped + magic;
@@ -31,10 +31,13 @@ PF_INLINE Vec exp2_minus_one(Vec x) {
     poly = fma(poly, f, broadcast(0.05550357326865196f));
     poly = fma(poly, f, broadcast(0.24022649228572845f));
     poly = fma(poly, f, broadcast(0.6931471824645996f));
-    return fma(power, poly * f, power - broadcast(1.0f));
+    const Vec part = poly * f;
+    whole = fma(power, part, power);
+    return fma(power, part, power - broadcast(1.0f));
 }
 
-// c tanh(s / c) = c sign(s) (1 - e) / (1 + e) with e = 2^(-2 |s| log2(e) / c), and its slope 1 - tanh^2.
+// c tanh(s / c) = c sign(s) (1 - w) / (1 + w) with w = e^(-2 |s| / c), and its slope (1 + tanh) (1 - tanh),
+// where 1 - tanh = 2 w / (1 + w) keeps its digits as tanh comes near 1.
 struct Softcap {
     Vec cap, steepness;
 
@@ -43,9 +46,11 @@ struct Softcap {
 
     PF_INLINE Vec operator()(Vec score, Vec& slope) const {
         const VecI sign = broadcast_int(INT32_MIN);
-        const Vec less = exp2_minus_one((Vec)((VecI)score | sign) * steepness);
-        const Vec tanh = -less / (broadcast(2.0f) + less);
-        slope = broadcast(1.0f) - tanh * tanh;
+        const Vec one = broadcast(1.0f);
+        Vec whole;
+        const Vec less = exp2_minus_one((Vec)((VecI)score | sign) * steepness, whole);
+        const Vec inverse = one / (broadcast(2.0f) + less), tanh = -less * inverse;
+        slope = (one + tanh) * (whole + whole) * inverse;
         return (Vec)((VecI)(cap * tanh) | ((VecI)score & sign));
     }
 };
