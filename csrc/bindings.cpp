@@ -8,11 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/peak.h"
 #include "cpu/problem.h"
 
 namespace py = pybind11;
+using prefix_fast::BiasView;
 using prefix_fast::DType;
 using prefix_fast::Grads;
 using prefix_fast::Problem;
@@ -32,6 +34,7 @@ struct Names {
         is_causal{"is_causal"};
     py::str query_offset{"query_offset"}, dropout_p{"dropout_p"}, dropout_seed{"dropout_seed"},
         scale{"scale"};
+    py::str window{"window"}, softcap{"softcap"}, sinks{"sinks"}, bias{"bias"}, in_window{"in_window"};
     py::str data_ptr{"data_ptr"}, stride{"stride"}, shape{"shape"}, dtype{"dtype"};
 };
 
@@ -145,6 +148,20 @@ std::vector<int64_t> optional_ints(py::handle tensor) {
     return tensor.is_none() ? std::vector<int64_t>{} : read_ints(tensor);
 }
 
+BiasView read_bias(py::handle tensor) {
+    BiasView bias;
+    if (tensor.is_none()) return bias;
+    const TensorInfo info = describe(tensor);
+    bias.data = info.data;
+    bias.dtype = float_type(info);
+    int64_t* strides[kMaximumRank] = {&bias.row, &bias.head, &bias.query, &bias.key};
+    for (int d = 0; d < info.rank; ++d) {  // aligned at the last dimension; a dimension of one is repeated
+        *strides[kMaximumRank - info.rank + d] =
+            info.size[d] == 1 ? 0 : info.stride[d] * bytes_of(bias.dtype);
+    }
+    return bias;
+}
+
 void read_set(py::handle source, int64_t rows, SegmentSet& set) {
     const Names& n = names();
     const TensorInfo key = describe(get(source, n.key));
@@ -160,18 +177,7 @@ void read_set(py::handle source, int64_t rows, SegmentSet& set) {
     if (set.length.empty()) set.length = set.extent;
     set.ids = optional_ints(get(source, n.ids));
     if (set.ids.empty()) set.ids.assign(rows, segments > 0 ? 0 : -1);
-}
-
-void read_bias(py::handle tensor, Problem& p) {
-    if (tensor.is_none()) return;
-    const TensorInfo info = describe(tensor);
-    p.bias = info.data;
-    p.bias_dtype = float_type(info);
-    int64_t* strides[kMaximumRank] = {&p.bias_row, &p.bias_head, &p.bias_query, &p.bias_key};
-    for (int d = 0; d < info.rank; ++d) {  // aligned at the last dimension; a dimension of one is repeated
-        *strides[kMaximumRank - info.rank + d] =
-            info.size[d] == 1 ? 0 : info.stride[d] * bytes_of(p.bias_dtype);
-    }
+    set.bias = read_bias(get(source, n.bias));
 }
 
 void read_mask(py::handle tensor, Problem& p) {
@@ -182,15 +188,46 @@ void read_mask(py::handle tensor, Problem& p) {
     p.key_mask_key = info.stride[1];
 }
 
+// Sums of positions stay within 64 bits.
+int64_t within_reach(int64_t position) {
+    constexpr int64_t kFarthest = int64_t{1} << 61;
+    return std::clamp(position, -kFarthest, kFarthest);
+}
+
 void read_offsets(py::handle offset, Problem& p) {
     p.offset.resize(p.rows);
     if (offset.is_none()) {
         for (int64_t b = 0; b < p.rows; ++b) p.offset[b] = p.keys_of(b) - p.queries_of(b);
     } else if (PyLong_Check(offset.ptr())) {
-        p.offset.assign(p.rows, offset.cast<int64_t>());
+        p.offset.assign(p.rows, within_reach(offset.cast<int64_t>()));
     } else {
         const std::vector<int64_t> values = read_ints(offset);
-        for (int64_t b = 0; b < p.rows; ++b) p.offset[b] = values.size() == 1 ? values[0] : values[b];
+        for (int64_t b = 0; b < p.rows; ++b)
+            p.offset[b] = within_reach(values.size() == 1 ? values[0] : values[b]);
+    }
+}
+
+// Sets in the window end where the own tokens, or the next of them, begin.
+void read_window(py::handle source, const py::tuple& sets, Problem& p) {
+    const py::object window = get(source, names().window);
+    if (window.is_none()) return;
+    p.window = within_reach(window.cast<int64_t>());
+    std::vector<int64_t> begin(p.rows, 0);
+    for (size_t s = sets.size(); s-- > 0;) {
+        if (!get(sets[s], names().in_window).cast<bool>()) continue;
+        SegmentSet& set = p.sets[s];
+        for (int64_t b = 0; b < p.rows; ++b) begin[b] -= set.ids[b] < 0 ? 0 : set.length[set.ids[b]];
+        set.begin = begin;
+    }
+}
+
+void read_sinks(py::handle tensor, Problem& p) {
+    if (tensor.is_none()) return;
+    const TensorInfo info = describe(tensor);
+    const DType dtype = float_type(info);
+    for (int64_t h = 0; h < p.heads; ++h) {
+        const char* at = info.data + h * info.stride[0] * bytes_of(dtype);
+        p.sinks.push_back(prefix_fast::in_log2(prefix_fast::read_element(at, dtype)));
     }
 }
 
@@ -232,9 +269,13 @@ void read_problem(py::handle source, int threads, Problem& p) {
     p.sets.resize(sets.size());
     for (size_t s = 0; s < sets.size(); ++s) read_set(sets[s], p.rows, p.sets[s]);
     read_mask(get(source, n.key_mask), p);
-    read_bias(get(source, n.attn_bias), p);
+    p.bias = read_bias(get(source, n.attn_bias));
     p.causal = get(source, n.is_causal).cast<bool>();
-    if (p.causal) read_offsets(get(source, n.query_offset), p);
+    read_window(source, sets, p);
+    if (p.causal || p.window > 0) read_offsets(get(source, n.query_offset), p);
+    const py::object softcap = get(source, n.softcap);
+    if (!softcap.is_none()) p.softcap = softcap.cast<float>();
+    read_sinks(get(source, n.sinks), p);
     read_dropout(source, p);
     p.scale = get(source, n.scale).cast<float>();
     p.threads = threads;

@@ -26,6 +26,9 @@ CASES = (
     Case(B=2, H=2, Hkv=1, Tq=5, Tk=0, P=7, D=128, is_causal=False),
     Case(B=3, H=4, Hkv=4, Tq=12, Tk=12, N=2, P=6, D=64, num_sets=2, ids="random", packed=True),
     Case(B=2, H=4, Hkv=4, Tq=16, Tk=16, P=8, D=64, dropout_p=0.2),
+    Case(B=3, H=4, Hkv=2, Tq=24, Tk=40, P=20, D=64, options={"window": 12, "softcap": 5.0, "sinks": True}),
+    Case(B=3, H=4, Hkv=2, Tq=1, Tk=9, N=2, P=40, D=64, ids="random", options={"window": 25, "in_window": True}),
+    Case(B=2, H=4, Hkv=4, Tq=12, Tk=12, P=18, D=64, attn_bias=True, options={"segment_bias": True}),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,6 +16,7 @@ from prefix_fast.testing import Case, make_problem
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="mprotect is POSIX's")
 
+CAPPED = {"window": 40, "in_window": True, "softcap": 2.0, "sinks": True}
 # One row of queries and keys more and less than whole blocks, tiles and vectors; each kind of argument once.
 SHAPES = [
     Case(B=2, H=2, Hkv=1, Tq=33, Tk=65, P=66, N=2, ids="random", lengths="random"),
@@ -24,6 +25,8 @@ SHAPES = [
     Case(B=9, H=2, Hkv=2, Tq=1, Tk=5, P=261, key_mask="scattered", attn_bias=True, num_sets=2),
     Case(B=3, H=2, Hkv=2, Tq=70, Tk=70, P=20, N=2, packed=True, packed_segments=True, ids="random"),
     Case(B=2, H=2, Hkv=1, Tq=17, Tk=17, P=3, dropout_p=0.2, is_causal=False),
+    Case(B=2, H=2, Hkv=1, Tq=33, Tk=70, P=67, attn_bias=True, options={**CAPPED, "segment_bias": True}),
+    Case(B=9, H=4, Hkv=2, Tq=1, Tk=19, P=67, N=2, ids="random", options={**CAPPED, "segment_bias": True}),
 ]
 HEAD_DIMS = [1, 7, 15, 16, 17, 24, 33, 64, 80]
 DTYPES = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)]

@@ -28,7 +28,7 @@ class Call:
     layout: str = "dense"  # of all tensors: "sliced" from larger ones full of NaN, or "expanded" along a dimension
     dim: int = 0  # the expanded one
     large: bool = False  # scores up to ±1e4
-    holes: bool = False  # some of the bias is -inf
+    holes: bool = False  # some of the biases are -inf
 
 
 @st.composite
@@ -36,6 +36,14 @@ def calls(draw: st.DrawFn) -> Call:
     """Ragged sizes on both sides of blocks, tiles and vectors; few queries a row as often as many."""
     heads_kv, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
     packed, dtype = draw(st.booleans()), draw(st.sampled_from([torch.float32, *HALF]))
+    packed_segments = draw(st.booleans())
+    options = {
+        "window": draw(st.none() | st.integers(1, 200)),
+        "in_window": draw(st.booleans()),
+        "softcap": draw(st.sampled_from([None, None, 0.7, 5.0, 50.0])),
+        "sinks": draw(st.booleans()),
+        "segment_bias": not packed and not packed_segments and draw(st.booleans()),
+    }
     case = Case(
         B=draw(st.integers(1, 12)),
         H=heads_kv * group,
@@ -49,7 +57,7 @@ def calls(draw: st.DrawFn) -> Call:
         prefix_dtype=draw(st.sampled_from([None, torch.float32])) if dtype in HALF else None,
         num_sets=draw(st.integers(0, 2)),
         packed=packed,
-        packed_segments=draw(st.booleans()),
+        packed_segments=packed_segments,
         ids="random",
         lengths=draw(st.sampled_from(["none", "random"])),
         key_mask="none" if packed else draw(st.sampled_from(["none", "left", "right", "scattered"])),
@@ -57,6 +65,7 @@ def calls(draw: st.DrawFn) -> Call:
         is_causal=draw(st.booleans()),
         query_offset=draw(st.sampled_from(["none", "int", "rows"])),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        options=options,
         seed=draw(st.integers(0, 2**20)),
     )
     return Call(
@@ -78,6 +87,10 @@ def laid_out(tensor: Tensor, call: Call) -> Tensor:
     return tensor
 
 
+def with_holes(bias: Tensor | None, generator: torch.Generator) -> Tensor | None:
+    return None if bias is None else bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.3, -torch.inf)
+
+
 def mapped(problem: Problem, change: Callable[[str, Tensor], Tensor]) -> Problem:
     return replaced(problem, {name: change(name, t) for name, t in float_tensors(problem).items()})
 
@@ -86,9 +99,10 @@ def problem_of(call: Call) -> Problem:
     problem = make_problem(call.case)
     if call.large:  # a float32 key that eager PyTorch rounds to half precision would move such a logit by far
         problem = with_large_scores(mapped(problem, lambda _, t: t.to(call.case.dtype).to(t.dtype)))
-    if call.holes and problem.attn_bias is not None:
-        where = torch.rand(problem.attn_bias.shape, generator=torch.Generator().manual_seed(call.case.seed)) < 0.3
-        problem = replace(problem, attn_bias=problem.attn_bias.masked_fill(where, -torch.inf))
+    if call.holes:
+        generator = torch.Generator().manual_seed(call.case.seed)
+        sets = tuple(replace(s, bias=with_holes(s.bias, generator)) for s in problem.sets)
+        problem = replace(problem, attn_bias=with_holes(problem.attn_bias, generator), sets=sets)
     return mapped(problem, lambda _, t: laid_out(t, call))
 
 

@@ -90,6 +90,7 @@ def count(pattern: str, instructions: list[str]) -> int:
 class Product(NamedTuple):
     """A loop of at least eight multiply-adds: a tile, or the rest of one."""
 
+    function: str
     multiply_adds: int
     stack: list[str]  # its instructions that reach the stack
 
@@ -104,7 +105,7 @@ def products(level: str) -> list[Product]:
         for loop in innermost_loops(body):
             multiply_adds = count(LEVELS[level].multiply_add, loop)
             if multiply_adds >= 8:
-                found.append(Product(multiply_adds, [i for i in loop if re.search(on_stack, i)]))
+                found.append(Product(name, multiply_adds, [i for i in loop if re.search(on_stack, i)]))
     return found
 
 
@@ -133,7 +134,7 @@ def test_products_keep_their_sums_in_registers(level):
 @needs_objdump
 def test_the_generic_tile_keeps_its_sums_in_registers():
     """Sixteen registers of four floats hold the six rows by two vectors of a whole tile; smaller rests may spill."""
-    whole = [p for p in products("generic") if p.multiply_adds == LEVELS["generic"].full_tile]
+    whole = [p for p in products("generic") if p.multiply_adds == LEVELS["generic"].full_tile and "strip" in p.function]
     assert whole
     assert not any(count("%xmm", product.stack) for product in whole)
 

@@ -25,8 +25,10 @@ from prefix_fast.testing import Case, float_tensors, make_problem, output_grads
 Result = TypeVar("Result")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc, and page faults of a thread, are Linux's")
 MEBI = 1 << 20
-# Every buffer that a thread can have is in use: dropout, masked keys, more than a tile of them, all gradients.
-EVERYTHING = Case(B=2, H=2, Hkv=2, Tq=70, Tk=130, P=140, D=64, dropout_p=0.1, key_mask="scattered")
+# Every buffer that a thread can have is in use: dropout, softcap, masked keys, more than a tile of them, all gradients.
+EVERYTHING = Case(
+    B=2, H=2, Hkv=2, Tq=70, Tk=130, P=140, D=64, dropout_p=0.1, key_mask="scattered", options={"softcap": 2.0}
+)
 
 
 @pytest.fixture(params=ISAS)
@@ -100,7 +102,7 @@ def test_partial_states_of_the_forward_are_those_of_the_chunks(isa):
     torch.set_num_threads(1)
     case = Case(B=64, H=1, Hkv=1, Tq=4, Tk=1, P=2000, D=64)
     added = added_by(lambda: run(make_problem(case), gradients=False))
-    chunks = -(-case.P // 256)
+    chunks = -(-case.P // 256) + 1  # and the rows' own tokens
     stated = chunks * case.B * case.Tq * case.H * (case.D + 2) * 4
     assert 0 < added <= stated + of_a_thread(case.D)
 

@@ -52,21 +52,17 @@ def test_a_level_that_the_cpu_lacks_raises_with_what_it_has(monkeypatch):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        (PLAIN._replace(uses=("softcap",)), "the cpu backend does not serve softcap"),
-        (PLAIN._replace(uses=("window",)), "the cpu backend does not serve a sliding window"),
-        (PLAIN._replace(uses=("sinks",)), "the cpu backend does not serve sinks"),
-        (PLAIN._replace(uses=("segment_bias",)), "the cpu backend does not serve a bias on a segment"),
         (PLAIN._replace(dtype=torch.float64), "the cpu backend takes float32, bfloat16 and float16, not float64"),
         (PLAIN._replace(device="cuda"), "the cpu backend takes cpu tensors, not cuda"),
     ],
-    ids=["softcap", "window", "sinks", "segment_bias", "float64", "cuda"],
+    ids=["float64", "cuda"],
 )
 def test_what_is_not_served_has_a_reason(facts, reason):
     assert native.unsupported_reasons(facts) == [reason]
 
 
 def test_everything_else_is_served():
-    uses = ("dropout", "packed", "mixed_prefix")
+    uses = ("softcap", "window", "sinks", "segment_bias", "dropout", "packed", "mixed_prefix")
     for dtype in native.DTYPES:
         assert native.unsupported_reasons(PLAIN._replace(dtype=dtype, uses=uses)) == []
 

@@ -25,12 +25,12 @@ BALANCE = [
     (replace(TRAINING, B=1, Tq=512, Tk=512, P=2048), "backward", 0.95, 0.8),
     (replace(TRAINING, Hkv=1, Tq=512, Tk=512), "forward", 0.95, 0.85),
     (replace(TRAINING, Hkv=1, Tq=512, Tk=512), "backward", 0.95, 0.7),
-    (replace(TRAINING, B=64, Tq=8, Tk=8, P=512), "forward", 0.95, 0.85),
+    (replace(TRAINING, B=64, Tq=8, Tk=8, P=512), "forward", 0.95, 0.7),
     (replace(TRAINING, B=64, Tq=8, Tk=8, P=512), "backward", 0.95, 0.7),
     (replace(TRAINING, B=16, Tq=512, Tk=512, packed=True), "forward", 0.95, 0.85),
     (replace(TRAINING, B=16, Tq=512, Tk=512, packed=True), "backward", 0.95, 0.7),
     (replace(TRAINING, B=64, N=64, P=2048, ids="random", lengths="random"), "backward", 0.95, 0.7),
-    (DECODING, "forward", 0.95, 0.8),
+    (DECODING, "forward", 0.95, 0.7),
     (replace(DECODING, B=1, P=8192), "forward", 0.95, 0.85),
     (replace(DECODING, B=1, P=8192), "backward", 0.95, 0.7),
     (replace(DECODING, B=1, H=8, Hkv=1, P=65536, D=128), "forward", 0.95, 0.85),
@@ -68,15 +68,15 @@ def test_threads_are_busy(case, which, eight, sixty_four):
 @pytest.mark.parametrize("case", [TRAINING, DECODING], ids=str)
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_costs_are_the_multiply_adds_of_the_call(case, which):
-    """No less than the visible pairs need, and no more than blocks of 16 lanes cost beside them."""
+    """No less than the visible pairs need, and no more than blocks of 16 lanes and their sums cost beside them."""
     shared, own = case.Tq * case.P, sum(min(case.Tk, i + case.Tk - case.Tq + 1) for i in range(case.Tq))
     products = 2 if which == "forward" else 5
-    folded = partition(case, which)[0]
-    found = sum(sum(phase) for phase in partition(case, which)[:2])
+    phases = partition(case, which)
+    found = sum(map(sum, phases))
     needed = products * case.B * case.H * case.D * (shared + own)
     assert found >= needed
     assert found <= 2.1 * needed
-    assert bool(folded) == (case.Tq == 1)  # rows of one query fold
+    assert bool(phases[0]) == (case.Tq == 1)  # rows of one query fold
 
 
 def test_partition_of_an_unknown_pass_raises():

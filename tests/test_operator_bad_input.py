@@ -140,7 +140,6 @@ BAD_CALLS = {
         NotImplementedError,
         "cpu: the cpu backend takes cpu tensors, not meta",
     ),
-    "cpu-softcap": ({"backend": "cpu", "softcap": 2.0}, NotImplementedError, "cpu: .*softcap"),
     "cpu-float64": (
         {
             name: torch.randn(*shape, dtype=torch.float64)

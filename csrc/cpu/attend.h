@@ -13,6 +13,8 @@
 
 #include "keys.h"
 #include "pack.h"
+#include "scores.h"
+#include "window.h"
 
 namespace prefix_fast {
 
@@ -120,19 +122,23 @@ inline void attend(const Problem& p, const LaneBlock& block, const float* querie
     const int64_t step = group_stride(kForwardTile);
     float* scores = scratch()[kScores].floats(kGroups * step);
     float* keep = p.dropout ? scratch()[kDropout].floats(kGroups * step) : nullptr;
-    for (int64_t start = first; start < last; start += kForwardTile) {
+    Window bounds;
+    const Window* window = run.slides ? &(bounds = window_of(p, block, run)) : nullptr;
+    for (int64_t start = first_tile(window, first, kForwardTile); start < last; start += kForwardTile) {
         KeyTile tile;
-        if (!bound_tile(block, run, start, std::min(kForwardTile, last - start), tile)) continue;
-        tile.key = tile_rows(arithmetic, run, run.key, run.key_stride, run.key_dtype, start, tile.count,
+        if (!bound_tile(block, run, window, start, std::min(kForwardTile, last - start), tile)) continue;
+        tile.key = tile_rows(arithmetic, run, run.key, run.key_stride, run.key_dtype, tile.start, tile.count,
                              p.head_dim, reused, scratch()[kKeyTile]);
         prefetch_values(arithmetic, run, tile, p.head_dim);
+        tile.key.ahead = run.ahead;
         score_tile<Arithmetic>(block, tile, tile.key, p.head_dim, queries, scores, step,
                                write_scores(arithmetic, p));
-        mask_scores(p, block, run, tile, scores, step);
+        finish_scores(p, block, run, window, tile, scores, step);
         if (keep != nullptr) dropout_tile(p, block, run, tile, 1.0f, keep, step);
         online_softmax_update<Arithmetic>(block, tile, p.head_dim, scores, step, keep, state);
-        tile.value = tile_columns(arithmetic, run, run.value, run.value_stride, run.value_dtype, start,
+        tile.value = tile_columns(arithmetic, run, run.value, run.value_stride, run.value_dtype, tile.start,
                                   tile.count, p.head_dim, reused, scratch()[kValueTile]);
+        tile.value.ahead = run.ahead;
         weigh_tile<Arithmetic>(block, tile, tile.value, p.head_dim, scores, step, state.out);
     }
 }

@@ -64,15 +64,13 @@ std::vector<SegmentItem> segment_items(const Problem& p, const BackwardPlan& pla
 int64_t row_cost(const Problem& p, const BackwardPlan& plan, const RowChunk& chunk) {
     int64_t products = 0;
     for (int64_t b = chunk.row; b < chunk.end; ++b) {
-        int64_t shared = 0;
-        for (const WalkedSet& walked : plan.walked) {
-            const SegmentSet& set = p.sets[walked.set];
-            if (set.ids[b] >= 0) shared += set.length[set.ids[b]];
-        }
         const int64_t end = chunk.split() ? chunk.last_lane : p.queries_of(b) * p.group();
         for (int64_t first = chunk.first_lane; first < end; first += kLanes) {
-            const int64_t last = std::min(first + kLanes, end);
-            products += product_cost(p, last - first, shared + own_visible(p, b, ceil_div(last, p.group())));
+            const int64_t last = std::min(first + kLanes, end), query = first / p.group();
+            int64_t keys = own_visible(p, b, query, ceil_div(last, p.group()));
+            for (const WalkedSet& walked : plan.walked)
+                keys += segment_visible(p, p.sets[walked.set], b, query);
+            products += product_cost(p, last - first, keys);
         }
     }
     return kProducts * products;
@@ -143,6 +141,7 @@ void run_segment(const Problem& p, const BackwardPlan& plan, const Saved& saved,
             differentiate_block<decltype(arithmetic)>(p, saved, grads, item, block, run, sums);
         });
     }
+    sums.clear_to(run.last, round_up(p.head_dim, kGroup));
 }
 
 // rows[lane] += the parts of dq that the segments of folded sets left.
@@ -236,9 +235,7 @@ void finish_own(const Problem& p, const BackwardPlan& plan, const Grads& grads, 
                 int64_t b, RunSums& own) {
     const bool split = item.chunk->split();
     const int64_t columns = round_up(p.head_dim, kGroup);
-    const int64_t length = split ? plan.parts[item.chunk->own_part].length : p.keys_of(b);
-    own.key.clear_to(length, columns);
-    own.value.clear_to(length, columns);
+    own.clear_to(split ? plan.parts[item.chunk->own_part].length : p.keys_of(b), columns);
     if (split) return;
     write_own(p, grads.key, b, item.kv_head, own.key);
     write_own(p, grads.value, b, item.kv_head, own.value);
@@ -264,6 +261,8 @@ void differentiate_row(const Problem& p, const BackwardPlan& plan, const Saved& 
         add_query_parts(p, plan, block, rows);
         write_lanes(grads.query, block, p.head_dim, state.query_scale, rows);
     }
+    for (size_t s = 0; s + 1 < runs.size(); ++s)
+        runs[s].sums.clear_to(runs[s].run.last, round_up(p.head_dim, kGroup));
     finish_own(p, plan, grads, item, b, runs.back().sums);
 }
 

@@ -26,7 +26,6 @@ constexpr int64_t kPartItems = 192;  // more chunks of lanes, over all heads, ar
 constexpr int64_t kPartBytes = int64_t{1} << 27;  // nor so many that their parts take more
 constexpr int64_t kKeyItems = 128;                // keys are cut until there are so many items
 constexpr int64_t kMinimumKeys = 256;             // of a chunk: each reads its lanes anew
-constexpr int64_t kFoldedExtent = 32;             // least keys for which reading the lanes twice pays
 constexpr int64_t kFewItems = 48;                 // with fewer, rows are split and long segments cut
 constexpr int64_t kSumRows = 64;                  // positions of an item of the last phase
 
@@ -104,7 +103,7 @@ inline bool folds_backward(const Problem& p, const SegmentSet& set, int64_t lane
     const bool short_of_work = row_items < kFewItems && set.mean_extent >= 4 * kMinimumKeys;
     const int64_t lanes = p.query_bound * p.group();
     const bool idle = lanes < kLanes && 8 * round_up(lanes, kGroup) > 9 * lanes;
-    return short_of_work || (idle && rows_fold(p, set) && set.mean_extent >= kFoldedExtent);
+    return short_of_work || (idle && rows_fold(p, set));
 }
 
 // Parts for every (segment, chunk of its readers' lanes).

@@ -2,7 +2,8 @@
 //
 //   P  = 2^(K Q^T - lse)                                   [key][lane], lse of the whole softmax
 //   dV[key][d]  += P' dO                                   P' = P times the dropout factor
-//   dP = V dO^T,  dS = P (dropout factor * dP - delta)     delta = sum_d dO O - d lse
+//   dP = V dO^T,  dS = P (dropout factor * dP - delta)     delta = sum_d dO O - d lse; with a softcap dS has
+//                                                          its slope 1 - tanh^2 too
 //   dK[key][d]  += dS (scale Q)                            the scale is in Q, or in dS for pairs of bfloat16
 //   dQ[d][lane] += K^T dS                                  times scale when written, unless dS has it
 //
@@ -16,6 +17,8 @@
 
 #include "attend.h"
 #include "keys.h"
+#include "scores.h"
+#include "window.h"
 
 namespace prefix_fast {
 
@@ -37,6 +40,11 @@ struct Sum {
 
 struct RunSums {
     Sum key, value;
+
+    void clear_to(int64_t end, int64_t columns) {
+        key.clear_to(end, columns);
+        value.clear_to(end, columns);
+    }
 };
 
 // What the backward keeps of a block of queries while the keys pass.
@@ -185,28 +193,35 @@ inline void differentiate(const Problem& p, const LaneBlock& block, const BlockS
     constexpr bool kPairs = Arithmetic::kPack > 1;
     float* kept = p.dropout || kPairs ? scratch()[kKept].floats(kGroups * step) : scores;
     float* grads_by_lanes = kPairs ? scratch()[kPacked].floats(kGroups * step) : grads;
-    for (int64_t start = run.first; start < run.last; start += kBackwardTile) {
+    const bool capped = want_scores && p.softcap > 0.0f;
+    float* slopes = capped ? scratch()[kSlopes].floats(kGroups * step) : nullptr;
+    Window bounds;
+    const Window* window = run.slides ? &(bounds = window_of(p, block, run)) : nullptr;
+    for (int64_t start = first_tile(window, run.first, kBackwardTile); start < run.last;
+         start += kBackwardTile) {
         KeyTile tile;
-        if (!bound_tile(block, run, start, std::min(kBackwardTile, run.last - start), tile)) continue;
-        tile.key = tile_rows(arithmetic, run, run.key, run.key_stride, run.key_dtype, start, tile.count,
+        if (!bound_tile(block, run, window, start, std::min(kBackwardTile, run.last - start), tile)) continue;
+        tile.key = tile_rows(arithmetic, run, run.key, run.key_stride, run.key_dtype, tile.start, tile.count,
                              p.head_dim, reused, scratch()[kKeyTile]);
         score_tile<Arithmetic>(block, tile, tile.key, p.head_dim, state.query_lanes, scores, step,
                                write_scores(arithmetic, p));
-        mask_scores(p, block, run, tile, scores, step);
+        finish_scores(p, block, run, window, tile, scores, step, slopes);
         if (keep != nullptr) dropout_tile(p, block, run, tile, p.keep_scale, keep, step);
         probability_tile<Arithmetic>(block, tile, state, step, keep, scores, kept);
         if (sums.value.data != nullptr)
             sum_tile<Arithmetic>(block, tile, p.head_dim, kept, step, state.grad_rows, sums.value);
         if (!want_scores) continue;
-        tile.value = tile_rows(arithmetic, run, run.value, run.value_stride, run.value_dtype, start,
+        if (slopes != nullptr) apply_slopes(block, tile, slopes, step, scores);
+        tile.value = tile_rows(arithmetic, run, run.value, run.value_stride, run.value_dtype, tile.start,
                                tile.count, p.head_dim, reused, scratch()[kValueTile]);
         score_tile<Arithmetic>(block, tile, tile.value, p.head_dim, state.grad_lanes, grads, step, Assign{});
         grad_score_tile<Arithmetic>(block, tile, state, step, keep, scores, grads, grads_by_lanes);
         if (sums.key.data != nullptr)
             sum_tile<Arithmetic>(block, tile, p.head_dim, grads_by_lanes, step, state.query_rows, sums.key);
         if (state.query_grad == nullptr) continue;
-        const Matrix columns = tile_columns(arithmetic, run, run.key, run.key_stride, run.key_dtype, start,
-                                            tile.count, p.head_dim, reused, scratch()[kKeyColumns], tile.key);
+        const Matrix columns =
+            tile_columns(arithmetic, run, run.key, run.key_stride, run.key_dtype, tile.start, tile.count,
+                         p.head_dim, reused, scratch()[kKeyColumns], tile.key);
         weigh_tile<Arithmetic>(block, tile, columns, p.head_dim, grads, step, state.query_grad);
     }
 }

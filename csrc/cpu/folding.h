@@ -11,11 +11,13 @@
 #include "keys.h"
 #include "lanes.h"
 #include "problem.h"
+#include "window.h"
 
 namespace prefix_fast {
 
 constexpr int64_t kFoldedQueries = 32;  // fold rows when a row has at most this many lanes
 constexpr int64_t kFoldedReaders = 8;   // and a segment has at least this many lanes on average
+constexpr int64_t kFoldedExtent = 32;   // and so many keys that merging, or reading the lanes twice, pays
 
 // Rows by the segment that they read.
 struct Readers {
@@ -77,7 +79,7 @@ inline int64_t head_lanes(const Problem& p) {
 // Whether rows alone would leave most lanes idle, and others read the same segments.
 inline bool rows_fold(const Problem& p, const SegmentSet& set) {
     const int64_t lanes = p.query_bound * p.group();
-    return lanes <= kFoldedQueries && p.rows > 1 &&
+    return lanes <= kFoldedQueries && p.rows > 1 && set.mean_extent >= kFoldedExtent &&
            p.rows * lanes >= kFoldedReaders * std::max<int64_t>(set.count(), 1);
 }
 
@@ -100,6 +102,17 @@ inline int64_t product_cost(const Problem& p, int64_t lanes, int64_t keys) {
 inline int64_t own_visible(const Problem& p, int64_t b, int64_t end) {
     const int64_t keys = p.keys_of(b);
     return p.causal ? std::clamp<int64_t>(end + p.offset[b], 0, keys) : keys;
+}
+
+// Own keys that some query of [first, end) of the row sees, masks aside.
+inline int64_t own_visible(const Problem& p, int64_t b, int64_t first, int64_t end) {
+    const int64_t keys = own_visible(p, b, end);
+    return p.window > 0 ? keys - std::clamp<int64_t>(window_floor(p, b, first, 0), 0, keys) : keys;
+}
+
+// Keys of the row's segment that some query from `first` on sees.
+inline int64_t segment_visible(const Problem& p, const SegmentSet& set, int64_t b, int64_t first) {
+    return set.ids[b] < 0 ? 0 : set.length[set.ids[b]] - window_hidden(p, set, b, first);
 }
 
 }  // namespace prefix_fast

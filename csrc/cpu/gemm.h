@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace prefix_fast {
@@ -74,13 +75,14 @@ enum class Contiguous { kInner, kRows };
 
 struct Matrix {
     const float* data;
-    int64_t stride;      // of the index that is not contiguous
-    bool fresh = false;  // read for the first time, in place: worth a prefetch
+    int64_t stride;          // of the index that is not contiguous
+    bool fresh = false;      // read for the first time, in place: worth a prefetch
+    Ahead* ahead = nullptr;  // what to ask for meanwhile
 };
 
-template <class Arithmetic, int R, int V, Contiguous Layout, class Write>
+template <class Arithmetic, int R, int V, Contiguous Layout, bool Asks, class Write>
 PF_INLINE void rows_tile(int64_t inner, const float* a, int64_t a_stride, const float* b, float* c,
-                         int64_t b_step, int64_t c_step, Write write) {
+                         int64_t b_step, int64_t c_step, Requests ahead, Write write) {
     Vec sum[R][V];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
@@ -88,6 +90,7 @@ PF_INLINE void rows_tile(int64_t inner, const float* a, int64_t a_stride, const 
         for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
     }
     for (int64_t k = 0; k < inner; ++k) {
+        if constexpr (Asks) ahead.ask();
         Vec column[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) column[v] = load(b + k * kGroup + v * b_step);
@@ -181,9 +184,13 @@ PF_OWN_REGISTERS void rows_strip(int64_t rows, int64_t inner, Matrix a, const fl
     for_row_tiles<max_rows(V)>(rows, [&](int64_t row, int height) {
         const float* from = a.data + (Layout == Contiguous::kInner ? row * a.stride : row);
         if (Layout == Contiguous::kInner && first) prefetch_next_rows(from, a.stride, height, inner);
+        const Requests ahead = a.ahead == nullptr ? Requests{} : a.ahead->take(inner, inner * height * V);
         with_height<max_rows(V)>(height, [&](auto r) {
-            rows_tile<Arithmetic, decltype(r)::value, V, Layout>(inner, from, a.stride, b, c + row * kGroup,
-                                                                 b_step, c_step, write);
+            const auto tile = [&](auto asks) {
+                rows_tile<Arithmetic, decltype(r)::value, V, Layout, decltype(asks)::value>(
+                    inner, from, a.stride, b, c + row * kGroup, b_step, c_step, ahead, write);
+            };
+            ahead.data != nullptr ? tile(std::true_type{}) : tile(std::false_type{});
         });
     });
 }

@@ -124,4 +124,29 @@ PF_INLINE float read_element(const char* source, DType dtype) {
     return dtype == DType::kBFloat16 ? bfloat16_to_float(h) : float16_to_float(h);
 }
 
+// kWidth elements that follow each other.
+PF_INLINE Vec load_row(const char* source, DType dtype) {
+    Vec row;
+    if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(source));
+    if (dtype == DType::kBFloat16) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+        typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+        Halves halves;
+        std::memcpy(&halves, source, sizeof(halves));
+        return (Vec)(__builtin_convertvector(halves, Words) << 16);
+    }
+    read_row(source, dtype, kWidth, 1.0f, reinterpret_cast<float*>(&row));
+    return row;
+}
+
+// A logit to log2 units. What is finite stays finite: finfo.min is a very small weight, not a mask.
+PF_INLINE Vec in_log2(Vec logit) {
+    const Vec scaled = max(broadcast(kLowest), broadcast(kLog2E) * logit);
+    return select(logit == broadcast(-kInf), logit, scaled);
+}
+
+PF_INLINE float in_log2(float logit) {
+    return in_log2(broadcast(logit))[0];
+}
+
 }  // namespace prefix_fast

@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "philox.h"
 #include "problem.h"
+#include "window.h"
 
 namespace prefix_fast {
 
@@ -21,9 +22,12 @@ struct KeyRun {
     DType key_dtype = DType::kFloat32, value_dtype = DType::kFloat32;
     int64_t first = 0, last = 0;
     int set = 0;                 // number of the set; the own tokens come after all sets
-    bool own = false;            // causal bound, bias and mask apply
+    bool own = false;            // causal bound and mask apply
+    bool slides = false;         // the window applies
     const bool* mask = nullptr;  // of position 0; null: every key of the run may be attended
     int64_t mask_stride = 0;
+    BiasView bias;
+    Ahead* ahead = nullptr;  // what to ask for while the run is multiplied
 
     bool visible(int64_t j) const { return mask == nullptr || mask[j * mask_stride]; }
 };
@@ -39,6 +43,8 @@ inline KeyRun segment_run(const Problem& p, int set, int64_t segment, int64_t kv
     run.value_dtype = s.value.dtype;
     run.last = s.length[segment];
     run.set = set;
+    run.slides = !s.begin.empty();
+    run.bias = s.bias;
     return run;
 }
 
@@ -47,6 +53,8 @@ inline KeyRun own_run(const Problem& p, int64_t b, int64_t kv_head) {
     KeyRun run;
     run.last = p.keys_of(b);
     run.own = true;
+    run.slides = p.window > 0;
+    run.bias = p.bias;
     run.set = static_cast<int>(p.sets.size());
     if (run.last == 0) return run;
     run.key = p.key.at(b, kv_head, 0);
@@ -102,9 +110,29 @@ inline Matrix tile_rows(const KeyRun& run, const char* data, int64_t stride, DTy
     return {target, target_stride};
 }
 
+inline Window window_of(const Problem& p, const LaneBlock& block, const KeyRun& run) {
+    return window_of(p, block, run.own ? nullptr : p.sets[run.set].begin.data(), run.last);
+}
+
+// Tiles lie on a grid, and one whose first keys have left every lane's window starts later by a multiple of
+// this: which other lanes a block has then changes neither the order nor the pairs of a lane's sums.
+constexpr int64_t kWindowStep = 4;
+
+// The first tile from `first` on with a key in the window of some lane.
+inline int64_t first_tile(const Window* window, int64_t first, int64_t tile_keys) {
+    if (window == nullptr) return first;
+    return first + std::max<int64_t>(window->lowest - first, 0) / tile_keys * tile_keys;
+}
+
 // Which keys of [start, start + count) each group needs; false when none does.
-inline bool bound_tile(const LaneBlock& block, const KeyRun& run, int64_t start, int64_t count,
-                       KeyTile& tile) {
+inline bool bound_tile(const LaneBlock& block, const KeyRun& run, const Window* window, int64_t start,
+                       int64_t count, KeyTile& tile) {
+    if (window != nullptr) {
+        if (window->lowest >= start + count) return false;
+        const int64_t left = std::max<int64_t>(window->lowest - start, 0) / kWindowStep * kWindowStep;
+        start += left;
+        count -= left;
+    }
     tile.start = start;
     tile.count = 0;
     for (int g = 0; g < block.groups; ++g) {
@@ -117,49 +145,6 @@ inline bool bound_tile(const LaneBlock& block, const KeyRun& run, int64_t start,
     bool any = false;
     for (int64_t j = 0; j < tile.count && !any; ++j) any = run.visible(start + j);
     return any;
-}
-
-// A bias in log2 units. One of finfo.min must stay finite: it is a very small weight, not a mask.
-PF_INLINE float read_bias(const Problem& p, const char* at) {
-    const float bias = read_element(at, p.bias_dtype);
-    const float scaled = kLog2E * bias;
-    return scaled == -kInf && bias != -kInf ? kLowest : scaled;
-}
-
-inline void add_bias(const Problem& p, const LaneBlock& block, const KeyTile& tile, float* scores,
-                     int64_t step) {
-    for (int lane = 0; lane < block.lanes; ++lane) {
-        const char* bias = p.bias + block.row[lane] * p.bias_row + block.head[lane] * p.bias_head +
-                           block.query[lane] * p.bias_query + tile.start * p.bias_key;
-        float* column = scores + lane / kGroup * step + lane % kGroup;
-        const int64_t needed = tile.needed[lane / kGroup];
-        for (int64_t j = 0; j < needed; ++j) {
-            column[j * kGroup] += read_bias(p, bias + j * p.bias_key);
-        }
-    }
-}
-
-// Bias, then -inf where a key is masked or above the causal bound. Segments are visible whole.
-inline void mask_scores(const Problem& p, const LaneBlock& block, const KeyRun& run, const KeyTile& tile,
-                        float* scores, int64_t step) {
-    if (!run.own) return;
-    if (p.bias != nullptr) add_bias(p, block, tile, scores, step);
-    const Vec hidden = broadcast(-kInf);
-    for (int g = 0; g < block.groups; ++g) {
-        const int64_t first = std::max<int64_t>(block.group_low[g] - tile.start, 0);
-        for (int64_t j = first; j < tile.needed[g]; ++j) {
-            const VecI key = broadcast_int(static_cast<int32_t>(tile.start + j));
-            for (int v = 0; v < kGroup; v += kWidth) {
-                float* at = scores + g * step + j * kGroup + v;
-                store(at, select(load_int(block.limit + g * kGroup + v) > key, load(at), hidden));
-            }
-        }
-        if (run.mask == nullptr) continue;
-        for (int64_t j = 0; j < tile.needed[g]; ++j) {
-            if (run.visible(tile.start + j)) continue;
-            for (int v = 0; v < kGroup; v += kWidth) store(scores + g * step + j * kGroup + v, hidden);
-        }
-    }
 }
 
 // keep[g][key][16] = `kept` where the weight is kept, else 0

@@ -78,6 +78,7 @@ enum Slot {
     kGradRows,      // do                                 [lane][D]
     kScores,        // s, then p                          [g][key][16]
     kGradScores,    // dp, then ds                        [g][key][16]
+    kSlopes,        // of the softcap                     [g][key][16]
     kOutLanes,      // o or dq                            [g][D][16]
     kOutRows,       // o, dq or a merged row              [lane][D]
     kKeyTile,       // converted or cleaned keys          [key][D]

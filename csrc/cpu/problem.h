@@ -26,6 +26,18 @@ struct TokenView {
     explicit operator bool() const { return data != nullptr; }
 };
 
+// Bias of (row, head, query, key), broadcast where a stride is 0. Null data: absent.
+struct BiasView {
+    const char* data = nullptr;
+    int64_t row = 0, head = 0, query = 0, key = 0;
+    DType dtype = DType::kFloat32;
+
+    const char* at(int64_t b, int64_t h, int64_t i, int64_t j) const {
+        return data + b * row + h * head + i * query + j * key;
+    }
+    explicit operator bool() const { return data != nullptr; }
+};
+
 // N segments of keys and values, dense [N, Hkv, P, D] or packed [total, Hkv, D]; `row` of the views is the
 // segment.
 struct SegmentSet {
@@ -34,7 +46,9 @@ struct SegmentSet {
     std::vector<int64_t> length;  // [N] valid keys
     std::vector<int64_t> extent;  // [N] positions a segment has, valid or not
     std::vector<int64_t> ids;     // [B], -1: the row reads nothing
+    std::vector<int64_t> begin;   // [B] position of key 0 in a window over own tokens; empty: never leaves it
     int64_t mean_extent = 0;      // from shapes alone
+    BiasView bias;                // [B, H, Tq, P]
 
     int64_t count() const { return static_cast<int64_t>(length.size()); }
 };
@@ -50,12 +64,15 @@ struct Problem {
 
     const bool* key_mask = nullptr;  // [B, Tk]
     int64_t key_mask_row = 0, key_mask_key = 0;
-    const char* bias = nullptr;  // [B, H, Tq, Tk]
-    int64_t bias_row = 0, bias_head = 0, bias_query = 0, bias_key = 0;
-    DType bias_dtype = DType::kFloat32;
+    BiasView bias;  // [B, H, Tq, Tk]
 
     bool causal = false;
-    std::vector<int64_t> offset;  // [B]; own key j is visible to query i when j <= i + offset
+    int64_t window = 0;  // 0: none
+    std::vector<int64_t>
+        offset;  // [B]; key j is visible to i when j <= i + offset and j > i + offset - window
+
+    float softcap = 0.0f;      // 0: none
+    std::vector<float> sinks;  // [H], log2 units; empty: none
 
     bool dropout = false;
     uint32_t dropout_threshold = 0;  // kept where the random word reaches it

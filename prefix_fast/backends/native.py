@@ -20,12 +20,6 @@ NAME = "cpu"
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")  # ascending; the last one that can run is chosen
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_NOT_SERVED = {
-    "softcap": "softcap",
-    "window": "a sliding window",
-    "sinks": "sinks",
-    "segment_bias": "a bias on a segment",
-}
 _modules: dict[str | None, ModuleType] = {}  # level, or what the environment asked for → extension module
 
 
@@ -45,7 +39,7 @@ def device() -> str:
 
 def unsupported_reasons(facts: Facts) -> list[str]:
     """Why a call with these facts cannot run here. Empty: it can."""
-    reasons = [f"the cpu backend does not serve {_NOT_SERVED[use]}" for use in facts.uses if use in _NOT_SERVED]
+    reasons: list[str] = []
     if facts.dtype not in DTYPES:
         reasons.append(f"the cpu backend takes float32, bfloat16 and float16, not {str(facts.dtype)[6:]}")
     if facts.device != "cpu":

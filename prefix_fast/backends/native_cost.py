@@ -28,8 +28,9 @@ from prefix_fast.backends.shapes import Shape
 # decides how a call is cut.
 SIZES = {
     "kGroup": 16, "kLanes": 64, "kForwardTile": 256, "kBackwardTile": 64, "kFewQueries": 4, "kFoldedQueries": 32,
-    "kFoldedReaders": 8, "kItems": 256, "kMinimumChunk": 256, "kLaneChunk": 256, "kRowPiece": 128, "kPartItems": 192,
-    "kPartBytes": 1 << 27, "kKeyItems": 128, "kMinimumKeys": 256, "kFoldedExtent": 32, "kFewItems": 48,
+    "kFoldedReaders": 8, "kItems": 256, "kFullItems": 96, "kMinimumChunk": 256, "kLaneChunk": 256, "kRowPiece": 128,
+    "kPartItems": 192, "kPartBytes": 1 << 27, "kKeyItems": 128, "kMinimumKeys": 256, "kFoldedExtent": 32,
+    "kFewItems": 48,
 }  # fmt: skip
 GROUP, LANES = SIZES["kGroup"], SIZES["kLanes"]
 WORKING_SETS = (1 << 18, 1 << 22, 1 << 24, 1 << 25, 1 << 27)  # bytes from which the bandwidth is measured
@@ -67,13 +68,13 @@ class Work(NamedTuple):
 
 # Fitted by `python -I benchmarks/costs.py --write`, which measures again and replaces these lines.
 COSTS: dict[str, Work] = {
-    "generic": Work(1.64, 0, 1.75, 45.9, 0.944, 348, 2.7, 10.5),
-    "generic, halves": Work(1.09, 25.3, 0.667, 25.5, 8.43, 300, 1.95, 17.9),
-    "avx2": Work(1.09, 4.8, 2.13, 35.9, 1.93, 121, 1.63, 17.7),
-    "avx2, halves": Work(1.11, 11.7, 1.61, 3.74, 4.65, 156, 4.68, 17.7),
-    "avx512": Work(1.04, 10.2, 2.23, 58.6, 3.02, 64.5, 0.738, 17.9),
-    "avx512, halves": Work(1.05, 20.1, 1.59, 0, 4.86, 80.7, 3.66, 17.9),
-    "avx512_bf16": Work(0.791, 18.4, 2.28, 12, 4.68, 121, 3.69, 17.2),
+    "generic": Work(1.5, 0.74, 1.38, 41.7, 1.53, 368, 1.69, 17.5),
+    "generic, halves": Work(1.43, 23.3, 1.28, 12.7, 5.03, 369, 8.13, 18.3),
+    "avx2": Work(1.1, 8.92, 2.06, 32.3, 2.87, 80.6, 1.84, 17.6),
+    "avx2, halves": Work(1.07, 15.2, 1.32, 12.1, 3.77, 99.2, 3.68, 17.6),
+    "avx512": Work(1.1, 5.3, 2.07, 27.7, 2.01, 81, 1.2, 17.5),
+    "avx512, halves": Work(1.11, 9.97, 1.65, 4.92, 3.86, 108, 3.16, 17.8),
+    "avx512_bf16": Work(1.11, 7.5, 2.27, 0, 3.57, 76.5, 4.05, 11),
 }  # fmt: skip
 
 
@@ -245,11 +246,11 @@ def _cut(shape: Shape) -> Cut:
     return Cut(lanes, shape.rows * lanes, shape.rows * shape.kv_heads)
 
 
-def rows_fold(shape: Shape, segments: int) -> bool:
+def rows_fold(shape: Shape, segments: int, size: int) -> bool:
     """Whether rows alone would leave most lanes idle, and others read the same segments."""
     cut = _cut(shape)
     many = cut.head_lanes >= SIZES["kFoldedReaders"] * max(segments, 1)
-    return cut.lanes <= SIZES["kFoldedQueries"] and shape.rows > 1 and many
+    return cut.lanes <= SIZES["kFoldedQueries"] and shape.rows > 1 and many and size >= SIZES["kFoldedExtent"]
 
 
 def folds_forward(shape: Shape, segments: int, size: int) -> bool:
@@ -257,7 +258,7 @@ def folds_forward(shape: Shape, segments: int, size: int) -> bool:
     cut = _cut(shape)
     items = shape.kv_heads * min(shape.rows * math.ceil(cut.lanes / LANES), shape.rows + cut.head_lanes // LANES)
     short_of_work = items < SIZES["kItems"] / 2 and size >= 2 * SIZES["kMinimumChunk"]
-    return short_of_work or rows_fold(shape, segments)
+    return short_of_work or rows_fold(shape, segments, size)
 
 
 def lane_chunk(shape: Shape, least: int) -> int:
@@ -275,7 +276,7 @@ def folds_backward(shape: Shape, segments: int, size: int) -> bool:
     items = shape.kv_heads * math.ceil(cut.head_lanes / lane_chunk(shape, SIZES["kLaneChunk"]))
     idle = cut.lanes < LANES and 8 * _padded(cut.lanes, GROUP) > 9 * cut.lanes
     short_of_work = items < SIZES["kFewItems"] and size >= 4 * SIZES["kMinimumKeys"]
-    return short_of_work or (idle and rows_fold(shape, segments) and size >= SIZES["kFoldedExtent"])
+    return short_of_work or (idle and rows_fold(shape, segments, size))
 
 
 def key_chunks(size: int, target: int, items: int, minimum: int) -> int:
@@ -295,8 +296,8 @@ def own_keys(shape: Shape) -> list[int]:
 
 
 def forward_work(shape: Shape) -> tuple[Work, Work]:
-    """Of the sets that are served segment-major, and of the rows."""
-    cut, D, shared, rows = _cut(shape), shape.head_dim, Work(), Work()
+    """Of the sets that are served segment-major, and of the rows; for short rows of both, and of merging them."""
+    cut, D, shared, rows, merged = _cut(shape), shape.head_dim, Work(), Work(), Work()
     walked = []
     for count, size in shape.sets:
         if not folds_forward(shape, count, size):
@@ -304,14 +305,15 @@ def forward_work(shape: Shape) -> tuple[Work, Work]:
             continue
         used = max(1, min(count, shape.rows))  # segments that rows read, equally many each
         blocks = max(math.ceil(cut.head_lanes / LANES), count)
-        chunks = key_chunks(size, SIZES["kItems"], shape.kv_heads * blocks, SIZES["kMinimumChunk"])
+        target = SIZES["kFullItems" if rows_fold(shape, count, size) else "kItems"]
+        chunks = key_chunks(size, target, shape.kv_heads * blocks, SIZES["kMinimumChunk"])
         if cut.head_lanes <= SIZES["kFewQueries"] * count:
             shared = shared.plus(Work(few=4.0 * D * cut.head_lanes * size))
         else:
             groups, blocks = (used * math.ceil(cut.head_lanes / used / lanes) for lanes in (GROUP, LANES))
             shared = shared.plus(_forward_tiles(shape, groups, blocks, size))
             shared = shared.plus(Work(rows=2.0 * D * GROUP * groups * chunks))  # queries and sums, transposed
-        rows = rows.plus(Work(rows=2.0 * D * cut.head_lanes * chunks / shape.rows))  # partial results, merged
+        merged = merged.plus(Work(rows=2.0 * D * cut.lanes * chunks))  # partial results
     if cut.lanes <= SIZES["kFewQueries"]:
         keys = sum(walked) + (own_keys(shape)[-1] if cut.lanes else 0)
         rows = rows.plus(Work(few=4.0 * D * cut.lanes * keys, rows=2.0 * D * cut.lanes))
@@ -320,7 +322,10 @@ def forward_work(shape: Shape) -> tuple[Work, Work]:
             rows = rows.plus(Work(rows=2.0 * D * GROUP))
             for size in (*walked, needed):
                 rows = rows.plus(_forward_tiles(shape, 1, int(_ends_block(shape, index)), size))
-    return shared.scaled(shape.kv_heads), rows.scaled(cut.pieces)
+    shared, rows, merged = shared.scaled(shape.kv_heads), rows.scaled(cut.pieces), merged.scaled(cut.pieces)
+    if len(walked) < len(shape.sets) and cut.lanes <= SIZES["kFoldedQueries"]:
+        return shared.plus(rows), merged.plus(Work(rows=2.0 * D * cut.lanes * cut.pieces))
+    return shared, rows.plus(merged)
 
 
 def _forward_tiles(shape: Shape, groups: int, blocks: int, keys: int) -> Work:
