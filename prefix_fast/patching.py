@@ -34,9 +34,9 @@ def patch(
     driver (see `prefix_fast.selfcheck`); a model that is moved there later is checked by its first call.
 
     Args:
-        model: a transformers model, decoder-only or encoder-decoder, or a PeftModel (of a causal or sequence-to-
-            sequence language model) whose active adapter is prefix tuning: its own adapter is the prefix, and
-            parameters, files, losses and tokens stay PEFT's.
+        model: a transformers model, decoder-only, encoder-only or encoder-decoder, or a PeftModel whose active adapter
+            is prefix tuning or a cartridge (of any task; of an encoder-decoder SEQ_2_SEQ_LM): its own adapter is the
+            prefix, and parameters, files, losses and tokens stay PEFT's.
         prefix: None: a fresh `PrefixConfig()`; an int: that many virtual tokens (0: no prefix); a PrefixConfig; a
             Prefix; a folder or Hub id; a PrefixBank or the folder of one: every forward and generate then takes
             `prefix_ids`, for each row the name of an entry or None, or a tensor of positions in `bank.names`, -1 for
@@ -90,7 +90,7 @@ def patch(
         model, backend, fused_loss, compute_dtype, positions=positions, plan=plan, requires_grad=frozen
     )
     if module is not None:
-        module.to(model.get_input_embeddings().weight.device).train(model.training)
+        module.to(model.device).train(model.training)
     model.register_module("prefix", module)
     if isinstance(module, PrefixBank):
         module.bind(offered)

@@ -54,10 +54,8 @@ def led():
     return hf.LEDForConditionalGeneration(hf.LEDConfig(vocab_size=61, d_model=16, attention_window=4, **sizes))
 
 
-def bert():
-    import transformers as hf
-
-    return hf.BertLMHeadModel(hf.BertConfig(**TINY, intermediate_size=32, is_decoder=True))
+def biogpt():
+    return build("BioGpt", **TINY, intermediate_size=32)
 
 
 def compressed():
@@ -131,7 +129,7 @@ def with_another_attention():
         (bloom, NotImplementedError, "attention interface"),
         (mamba, (NotImplementedError, ValueError), "num_attention_heads|attention"),
         (led, NotImplementedError, "got LEDForConditionalGeneration, which computes attention in its own modules"),
-        (bert, NotImplementedError, "positions can be shifted"),
+        (biogpt, NotImplementedError, "positions can be shifted"),
         (compressed, NotImplementedError, "kv_lora_rank"),
         (doge, NotImplementedError, "masks down to the attention as they are, got DogeForCausalLM"),
         (stablelm, NotImplementedError, r"each of StableLmForCausalLM's 2 layers once, got layers \[\]"),
@@ -276,10 +274,11 @@ def test_model_without_prefix_is_not_saved(tmp_path):
 def test_peft_models_that_cannot_be_patched():
     peft = pytest.importorskip("peft")
     lora = peft.get_peft_model(make_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(NotImplementedError, match="active adapter is prefix tuning, got LORA"):
+    with pytest.raises(NotImplementedError, match="active adapter is prefix tuning or a cartridge, got LORA"):
         patch(lora)
-    with pytest.raises(NotImplementedError, match="PeftModelForCausalLM, got PeftModelForFeatureExtraction"):
-        patch(make_peft("llama", task_type="FEATURE_EXTRACTION"))
+    twice = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2}
+    with pytest.raises(NotImplementedError, match=r"got PeftModelForSeq2SeqLM.* use task_type CAUSAL_LM, SEQ_CLS"):
+        patch(make_peft("gpt2", **twice))
     with pytest.raises(ValueError, match="neither prefix nor freeze=False for a PeftModel"):
         patch(make_peft("llama"), 4)
     with pytest.raises(ValueError, match="num_layers=2, got one with num_layers=1"):

@@ -191,3 +191,24 @@ def test_other_heads_read_the_prefix(task):
     expected = twin(model)(past_key_values=cache_with(keys, values, 3), **arguments)[0]
     found = patch(model, make_prefix(model, P))(batch.input_ids, attention_mask=batch.attention_mask)[0]
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["padded", "unmasked"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_encoders_equal_prefix_in_cache(family, masked):
+    import transformers
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 2}
+    config = transformers.AutoConfig.for_model(family, **sizes, intermediate_size=48, initializer_range=0.2)
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config).eval()
+    batch = make_batch("right" if masked else "none")
+    keys, values = random_states(model, P)
+    with_cache = {"attention_mask": with_prefix_mask(batch.attention_mask, P)} if masked else {}
+    cache = cache_with(keys, values, len(batch.input_ids))
+    expected = twin(model)(batch.input_ids, past_key_values=cache, **with_cache)
+    patch(model, make_prefix(model, P))
+    found = model(batch.input_ids, **({"attention_mask": batch.attention_mask} if masked else {}))
+    real = batch.attention_mask.bool()
+    assert_close(found.last_hidden_state[real], expected.last_hidden_state[real])
+    assert_close(found.pooler_output, expected.pooler_output)

@@ -138,7 +138,7 @@ def test_prefix_on_the_map_is_written_for_peft(tmp_path):
 def test_peft_models_that_cannot_be_patched():
     base = make_seq2seq("bart", **BART)
     model = peft.get_peft_model(base, peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="FEATURE_EXTRACTION"))
-    with pytest.raises(NotImplementedError, match="PeftModelForSeq2SeqLM, got PeftModelForFeatureExtraction"):
+    with pytest.raises(NotImplementedError, match=r"PeftModelForSeq2SeqLM .* got PeftModelForFeatureExtraction"):
         patch(model)
     short = make_peft("bart", num_layers=1)
     with pytest.raises(ValueError, match="num_layers=2, got one with num_layers=1"):

@@ -160,7 +160,7 @@ def _run_trial(model: Any, offered: ModelSites, positions: str) -> None:
     if offered.is_encoder_decoder:
         inputs = sites.trial_inputs(model, source=3, target=2)
     else:
-        device = model.get_input_embeddings().weight.device
+        device = model.device
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)}
     try:
         for module in training:
@@ -173,6 +173,13 @@ def _run_trial(model: Any, offered: ModelSites, positions: str) -> None:
         raise NotImplementedError(
             f"patch: expected a forward that hands keywords and masks down to the attention as they are, got {name},"
             f" which does not: {error}; it cannot be patched"
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"patch: expected a model that takes token ids [B, T], got {name}, which fails on two of them: {error}; it"
+            " cannot be patched"
         ) from error
     except IndexError as error:
         if not offered.is_encoder_decoder:

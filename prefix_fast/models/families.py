@@ -5,6 +5,7 @@ model would count itself.
 
     "arange"   past + 0, 1, 2, ... for every row        GPT-2, Llama, Qwen, GPT-NeoX and most others
     "mask"     (Σ mask + P) · mask - 1, over the padding mask: a padded token keeps -1        OPT
+    "tokens"   (Σ [id ≠ pad] + past + P) · [id ≠ pad] + pad; given embeddings: pad + 1 + 0, 1, 2, ...        RoBERTa
 
 Of an encoder-decoder, the decoder's positions are shifted alone, by the prefix of its self-attention (see `sites`).
 """
@@ -18,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 # model_type → how positions are counted when the caller gives none. Others are read from their decoder's source.
-POSITION_STYLES = {"gpt2": "arange", "llama": "arange", "qwen3": "arange", "gpt_neox": "arange", "opt": "mask"}
+POSITION_STYLES = {
+    **dict.fromkeys(("gpt2", "llama", "qwen3", "gpt_neox"), "arange"),
+    **dict.fromkeys(("bert", "bert-generation", "electra", "ernie", "roc_bert"), "arange"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm"), "tokens"),
+    **dict.fromkeys(("xlm-roberta-xl", "xmod"), "tokens"),
+    "opt": "mask",
+}
 # Encoder-decoders: model_type → "embedded" (decoder.embed_positions) or "relative" (a bias by distance). A type that is
 # not here is refused: each of these is compared with a prefix inside its own keys and values by the tests.
 SEQ2SEQ_STYLES = {
@@ -26,8 +33,11 @@ SEQ2SEQ_STYLES = {
     **dict.fromkeys(("blenderbot", "blenderbot-small"), "embedded"),
     **dict.fromkeys(("t5", "mt5", "umt5"), "relative"),
 }
-# The statement by which transformers' decoders count positions; whitespace removed.
-_ARANGE = "position_ids=torch.arange(inputs_embeds.shape[1],device=inputs_embeds.device)+past_seen_tokens"
+# The statements by which transformers' decoders count positions; whitespace removed.
+_ARANGES = [
+    f"position_ids=torch.arange({states}.shape[1],device={states}.device)+past_seen_tokens"
+    for states in ("inputs_embeds", "hidden_states")
+]
 # Attributes that hold a table of learned positions.
 _TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
 
@@ -47,7 +57,7 @@ def position_style(model: Any) -> str | None:
                 source = "".join(inspect.getsource(forward).split())
             except OSError:
                 return None
-            return "arange" if _ARANGE in source else None
+            return "arange" if any(counted in source for counted in _ARANGES) else None
     return None
 
 
@@ -65,13 +75,14 @@ def table_size(table: nn.Embedding) -> int:
     return table.num_embeddings - int(getattr(table, "offset", 0))
 
 
-def shifted_positions(style: str, arguments: dict[str, Any], length: int | Tensor) -> Tensor:
+def shifted_positions(style: str, arguments: dict[str, Any], length: int | Tensor, padding: int | None) -> Tensor:
     """The positions of a call's own tokens, `length` further on than without a prefix: [B or 1, T].
 
     Args:
         style: of the model's family, for calls without `position_ids`.
         arguments: the call's, by name.
         length: P, or each row's, [B, 1].
+        padding: the id of the padding token.
     """
     given = arguments.get("position_ids")
     if given is not None:
@@ -82,6 +93,11 @@ def shifted_positions(style: str, arguments: dict[str, Any], length: int | Tenso
     cache = arguments.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
     steps = torch.arange(tokens, device=inputs.device)
+    if style == "tokens" and padding is not None:
+        if ids is None:  # as in transformers, where embeddings stand at the first positions whatever came before them
+            return (steps + padding + 1).unsqueeze(0)
+        real = ids.ne(padding).long()
+        return (real.cumsum(1) + past + length) * real + padding
     mask = arguments.get("attention_mask")
     if style == "mask" and isinstance(mask, Tensor) and mask.ndim == 2:
         counted = (mask.long().cumsum(-1) + length) * mask.long() - 1

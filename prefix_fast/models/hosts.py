@@ -94,7 +94,8 @@ class HostMixin:
         self._keep_attention()
         if self.config.is_encoder_decoder:  # type: ignore[attr-defined]
             return self._forward_seq2seq(forward, arguments, context)
-        positions = families.shifted_positions(state.positions, arguments, context.length)
+        padding = self.config.pad_token_id  # type: ignore[attr-defined]
+        positions = families.shifted_positions(state.positions, arguments, context.length, padding)
         families.check_positions(positions, state.limit, type(self).__name__)
         if torch.compiler.is_compiling():
             _keep_rows_whole(arguments)
@@ -176,6 +177,12 @@ class HostMixin:
 
 class BorrowingHost(HostMixin):
     """The model inside a PeftModel: the prefix comes with the call, and the parameters stay as PEFT has them."""
+
+    def _prefix_context(self, arguments: dict[str, Any]) -> hub.PrefixContext | None:
+        """The prefix in the place of the cache, where PEFT's own code hands it over."""
+        if not isinstance(arguments.get("past_key_values"), hub.PrefixContext):
+            return None
+        return arguments.pop("past_key_values")
 
 
 class PrefixHost(HostMixin):

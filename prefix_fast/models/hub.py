@@ -84,7 +84,8 @@ class PrefixContext:
                 " use_reentrant=False"
             )
         site = sites.site_of(module)
-        visible = self._visible(query, mask, site)
+        causal = site.name == "decoder" and getattr(module, "is_causal", True)
+        visible = self._visible(query, mask, causal)
         if position_bias is not None and site.name != "cross":  # the cross-attention's is zero, which `admit` has seen
             bias = position_bias.to(query.dtype)
             visible = visible._replace(attn_bias=bias if visible.attn_bias is None else bias + visible.attn_bias)
@@ -132,7 +133,7 @@ class PrefixContext:
             ]
         return [Segment(keys, values, in_window=self.in_window, bias=bias)]
 
-    def _visible(self, query: Tensor, mask: OwnMask | Tensor | None, site: Site) -> Visible:
+    def _visible(self, query: Tensor, mask: OwnMask | Tensor | None, causal: bool) -> Visible:
         if isinstance(mask, OwnMask):
             visible = mask.visible(query.dtype, self.length if self.in_window else 0)  # type: ignore[arg-type]  # no bank there
             if self.in_window and visible.attn_bias is not None and mask.request.get("local_size") is not None:
@@ -142,7 +143,7 @@ class PrefixContext:
                 )
             return visible
         if mask is None:
-            return Visible(None, None, site.name == "decoder", None, None)
+            return Visible(None, None, causal, None, None)
         if mask.dtype == torch.bool:
             mask = torch.zeros((), dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return Visible(None, mask.to(query.dtype), False, None, None)

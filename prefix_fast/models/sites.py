@@ -206,7 +206,7 @@ def shifted(model: Any, style: str, length: int | Tensor, choice: Choice | None)
 
 def trial_inputs(model: Any, source: int, target: int) -> dict[str, Any]:
     """The arguments of a forward of so many source and target tokens; `source` is the model's own where it is fixed."""
-    config, device = model.config, model.get_input_embeddings().weight.device
+    config, device = model.config, model.device
     ids = torch.zeros(1, target, dtype=torch.long, device=device)
     if model.main_input_name == "input_features":
         frames = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device, dtype=model.dtype)
