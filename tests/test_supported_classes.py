@@ -13,9 +13,10 @@ same_release = pytest.mark.skipif(
 SAMPLE = (
     "GPT2LMHeadModel", "LlamaForCausalLM", "BertLMHeadModel", "RobertaForCausalLM", "Phi3ForCausalLM",
     "CohereForCausalLM", "Gemma3ForCausalLM", "GPTBigCodeForCausalLM", "MixtralForCausalLM",
-    "ModernBertDecoderForCausalLM", "BartForConditionalGeneration", "T5ForConditionalGeneration", "WhisperForConditionalGeneration",
-    "MarianMTModel", "FalconForCausalLM", "GPTJForCausalLM", "MambaForCausalLM", "DeepseekV3ForCausalLM", "DogeForCausalLM",
-    "StableLmForCausalLM", "Gemma4ForCausalLM", "LEDForConditionalGeneration", "Qwen3NextForCausalLM",
+    "ModernBertDecoderForCausalLM", "BartForConditionalGeneration", "T5ForConditionalGeneration",
+    "WhisperForConditionalGeneration", "MarianMTModel", "FalconForCausalLM", "GPTJForCausalLM", "MambaForCausalLM",
+    "DeepseekV3ForCausalLM", "DogeForCausalLM", "StableLmForCausalLM", "Gemma4ForCausalLM",
+    "LEDForConditionalGeneration", "Qwen3NextForCausalLM",
 )  # fmt: skip
 
 
