@@ -7,7 +7,8 @@ from prefix_fast.backends.problem import Plan, make_plan
 from prefix_fast.bank import PrefixBank
 from prefix_fast.dispatch import BackendInfo, backends
 from prefix_fast.functional import Segment, prefix_attention, segment_attention
-from prefix_fast.prefix import Prefix, PrefixAttention, PrefixConfig
+from prefix_fast.modules import PrefixAttention
+from prefix_fast.prefix import Prefix, PrefixConfig
 
 if TYPE_CHECKING:
     from prefix_fast.patching import patch, unpatch

@@ -270,6 +270,11 @@ class PrefixBank(nn.Module):
             return Prefix.from_pretrained(entry.folder, model_config=self._offered or entry.sites)  # type: ignore[arg-type]
 
     def _place_module(self, name: str, prefix: Prefix) -> None:
+        if not prefix.shifts_positions:
+            raise ValueError(
+                f"PrefixBank: expected prefixes that shift positions, got {name!r}, which does not; patch a model with"
+                " it alone"
+            )
         with torch.inference_mode(False):
             self._modules[name] = prefix.to(self._place.device).train(self.training)
 

@@ -32,7 +32,8 @@ FORMATS = {
     "native": ("prefix_config.json", "prefix.safetensors"),
 }
 FILES = [name for names in FORMATS.values() for name in names]
-NATIVE_VERSION = 2  # 1: a decoder-only model, its geometry beside the other fields; 2: a geometry for each site
+# 1: a decoder-only model, its geometry beside the other fields; 2: a geometry for each site; 3: shifts_positions
+NATIVE_VERSION = 3
 PEFT_TENSOR = "prompt_embeddings"
 # Both hold the keys and values in one layout; CARTRIDGE's frozen tokens are not marked in its weights.
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -48,6 +49,7 @@ class StoredPrefix:
     encoder_hidden_size: int = 512
     prefix_dropout: float = 0.0
     base_model_name: str | None = None
+    shifts_positions: bool = True
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -103,6 +105,8 @@ def _peft_cannot(stored: StoredPrefix) -> str | None:
     """Why PEFT's format cannot express the prefix; None: it can. An empty one it can: PEFT reads it as no prefix."""
     if set(stored.sites) != {"decoder"}:
         return f"it has prefixes at {sorted(stored.sites)}, PEFT has them at the decoder's self-attention alone"
+    if not stored.shifts_positions:
+        return "it leaves the tokens' positions where they are, PEFT moves them on by its length"
     if stored.model_sites.is_encoder_decoder:
         flat = _peft_flat(stored)
         layers = peft_layers(stored.model_sites.geometries["decoder"].num_layers)
@@ -158,9 +162,11 @@ def _native_content(stored: StoredPrefix) -> tuple[dict[str, Any], dict[str, Ten
     }
     geometries = {site: asdict(geometry) for site, geometry in stored.model_sites.geometries.items()}
     if stored.model_sites.is_encoder_decoder:
-        config |= {"format_version": NATIVE_VERSION, "is_encoder_decoder": True, "sites": geometries}
+        config |= {"format_version": 2, "is_encoder_decoder": True, "sites": geometries}
     else:
         config |= {"format_version": 1, "sites": sorted(geometries), **geometries["decoder"]}
+    if not stored.shifts_positions:
+        config |= {"format_version": 3, "shifts_positions": False}
     tensors = {}
     for site, (keys, values) in stored.sites.items():
         tensors[f"{site}.keys"], tensors[f"{site}.values"] = keys.cpu(), values.cpu()
@@ -219,6 +225,7 @@ def load(folder: Path, format: str = "auto", expected: ModelSites | None = None)
         encoder_hidden_size=512 if hidden is None else checked_integer(hidden, "encoder_hidden_size", 1, config_name),
         prefix_dropout=config.get("prefix_dropout", 0.0),
         base_model_name=name if isinstance(name, str) else None,
+        shifts_positions=config.get("shifts_positions", True) is not False,
     )
 
 
@@ -326,7 +333,7 @@ def _native_model_sites(config: dict[str, Any]) -> ModelSites:
             "update this one"
         )
     sites = config.get("sites")
-    if version == 1:
+    if version == 1 or (version > 2 and not config.get("is_encoder_decoder", False)):
         if sites != ["decoder"]:
             raise ValueError(f"{where}: expected sites to be ['decoder'], got {sites!r}; the file is damaged")
         return ModelSites({"decoder": _checked_geometry(config, where)})

@@ -191,6 +191,24 @@ def generate(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder, a Hub id, or a file of the original code's weights.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the result.")],
+    to: Annotated[str, typer.Option(help="peft, native or original.")] = "peft",
+    model: Annotated[str, typer.Option(help="Folder or hub name of the model that the prefix is for.")] = "",
+    debug: _Debug = False,
+) -> None:
+    """Write a prefix in another format; reads PEFT's, ours, those of adapters and of the original code."""
+    with _one_line_errors(debug):
+        from transformers import AutoConfig
+
+        from prefix_fast import conversion
+
+        prefix = conversion.convert(source, output, to, AutoConfig.from_pretrained(model) if model else None)
+        Console(highlight=False).print(f"{prefix.num_virtual_tokens} virtual tokens in {escape(str(output))}")
+
+
+@app.command()
 def doctor(
     recheck: Annotated[bool, typer.Option("--recheck", help="Check Triton's configurations again.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Check every one, not only head dims 64 and 128.")] = False,

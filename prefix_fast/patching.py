@@ -74,7 +74,13 @@ def patch(
     module = _prefix_module(prefix, model)
     for head_dim in {geometry.head_dim for geometry in offered.geometries.values()}:
         selfcheck.vet_model(model, backend, head_dim, compute_dtype, with_masters=module is not None)
-    if not freeze and families.position_style(model) == "relative":
+    relative = families.position_style(model) == "relative"
+    if relative and isinstance(module, Prefix) and not module.shifts_positions:
+        raise NotImplementedError(
+            f"patch: expected a prefix that shifts positions with {type(model).__name__}, whose attention has a bias by"
+            " distance, got one that does not; it cannot be patched"
+        )
+    if not freeze and relative:
         raise NotImplementedError(
             f"patch: expected freeze=True, got False with {type(model).__name__}, whose position bias would need a"
             " gradient that the operator does not give; train the prefix alone"

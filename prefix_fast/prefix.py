@@ -4,28 +4,27 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from prefix_fast import checkpoint, original
+from prefix_fast import adapters_files, checkpoint, original
 from prefix_fast.files import find_folder, upload_folder
-from prefix_fast.functional import prefix_attention
 from prefix_fast.geometry import (
     SITES,
     Geometry,
     ModelSites,
     check_same_sites,
-    checked_integer,
     model_geometry,
     model_sites,
 )
 from prefix_fast.initialisation import keys_and_values_from_cache, keys_and_values_from_text
 from prefix_fast.parametrisation import DirectSite, PrefixConfig, ReparametrisedSite
 
-__all__ = ["Geometry", "Prefix", "PrefixAttention", "PrefixConfig", "model_geometry"]
+__all__ = ["Geometry", "Prefix", "PrefixConfig", "model_geometry"]
 
 
 class Prefix(nn.Module):
@@ -49,6 +48,8 @@ class Prefix(nn.Module):
         start: per site the keys and values [L, Hkv, P, D] to begin with; None: at random, as PEFT's
             PrefixEncoder.
         base_model_name: the model's name or path, written beside the saved prefix; None: the config's.
+        shifts_positions: the model's own tokens stand after the prefix. False: their positions are those without one,
+            as in `adapters`.
 
     Raises:
         TypeError: config or model_config of another type. ValueError: a start of another shape.
@@ -62,8 +63,10 @@ class Prefix(nn.Module):
         *,
         start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         base_model_name: str | None = None,
+        shifts_positions: bool = True,
     ) -> None:
         super().__init__()
+        self.shifts_positions = shifts_positions
         if not isinstance(config, PrefixConfig):
             raise TypeError(
                 f"Prefix: expected config to be a PrefixConfig, got {type(config).__name__}; pass "
@@ -135,7 +138,8 @@ class Prefix(nn.Module):
     def fold(self) -> "Prefix":
         """A direct Prefix with copies of the same keys and values."""
         config = replace(self.config, prefix_projection=False)
-        return Prefix(config, self.model_sites, start=self._folded(), base_model_name=self.base_model_name)
+        kept = {"base_model_name": self.base_model_name, "shifts_positions": self.shifts_positions}
+        return Prefix(config, self.model_sites, start=self._folded(), **kept)  # type: ignore[arg-type]
 
     def check_fits(self, model_config: Any) -> None:
         """Raise ValueError if the model lacks a site of this prefix, or has other layers, heads or head dim there.
@@ -211,6 +215,23 @@ class Prefix(nn.Module):
         prefix.load_state_dict(parameters)
         return prefix
 
+    @classmethod
+    def from_adapters(cls, folder: str | PathLike[str], model_config: Any) -> "Prefix":
+        """A direct prefix from the folder in which the library `adapters` saved one; see `adapters_files`.
+
+        Args:
+            folder: with adapter_config.json and adapter.safetensors or pytorch_adapter.bin.
+            model_config: as of Prefix.
+
+        Raises:
+            As adapters_files.read, and as Prefix.
+        """
+        offered = model_sites(model_config)
+        tokens, sites = adapters_files.read(Path(folder), offered)
+        chosen = tuple(site for site in SITES if site in sites) if offered.is_encoder_decoder else None
+        config = PrefixConfig(tokens, prefix_projection=False, sites=chosen)
+        return cls(config, model_config, start=sites, shifts_positions=False)
+
     def original_state_dict(self) -> dict[str, Tensor]:
         """The parameters under the names of the original code; undoes from_original. See original.written."""
         return original.written(self.state_dict())
@@ -228,6 +249,7 @@ class Prefix(nn.Module):
             encoder_hidden_size=self.config.encoder_hidden_size,
             prefix_dropout=self.config.prefix_dropout,
             base_model_name=self.base_model_name,
+            shifts_positions=self.shifts_positions,
         )
         checkpoint.save(stored, save_directory, format)
 
@@ -268,7 +290,8 @@ class Prefix(nn.Module):
             prefix_dropout=stored.prefix_dropout,
             sites=tuple(stored.sites) if stored.model_sites.is_encoder_decoder else None,
         )
-        return cls(config, stored.model_sites, start=stored.sites, base_model_name=stored.base_model_name)
+        kept = {"base_model_name": stored.base_model_name, "shifts_positions": stored.shifts_positions}
+        return cls(config, stored.model_sites, start=stored.sites, **kept)  # type: ignore[arg-type]
 
     def push_to_hub(
         self,
@@ -302,79 +325,3 @@ class Prefix(nn.Module):
         if self.model_sites.is_encoder_decoder:
             return ", ".join(own) + "".join(f"\n{site}: {size}" for site, size in sizes.items())
         return ", ".join([*own, sizes["decoder"]])
-
-
-class PrefixAttention(nn.Module):
-    """Attention with learnt prefixes for a hand-written model: the parameters and a call of prefix_attention.
-
-    out[b, h, i] = Σ softmax over the row's prefix and its visible own keys (see
-    prefix_fast.prefix_attention). Owns `prefix_key` and `prefix_value` [num_prefixes, num_kv_heads, P, D],
-    drawn from N(0, 1).
-
-    Args:
-        num_virtual_tokens: P, may be 0.
-        num_heads, head_dim: H query heads of D.
-        num_kv_heads: Hkv, a divisor of H; None: H.
-        num_prefixes: N; with more than one, each call needs `prefix_ids`.
-
-    Raises:
-        TypeError: a size is not an integer. ValueError: a size out of range, heads that do not divide.
-    """
-
-    def __init__(
-        self,
-        num_virtual_tokens: int,
-        num_heads: int,
-        head_dim: int,
-        num_kv_heads: int | None = None,
-        num_prefixes: int = 1,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        where = "PrefixAttention"
-        self.num_virtual_tokens = checked_integer(num_virtual_tokens, "num_virtual_tokens", 0, where)
-        self.num_heads = checked_integer(num_heads, "num_heads", 1, where)
-        self.head_dim = checked_integer(head_dim, "head_dim", 1, where)
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.num_kv_heads = checked_integer(kv_heads, "num_kv_heads", 1, where)
-        self.num_prefixes = checked_integer(num_prefixes, "num_prefixes", 1, where)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"PrefixAttention: expected num_heads to be a multiple of num_kv_heads, got {num_heads} and "
-                f"{num_kv_heads}; pass a divisor of num_heads"
-            )
-        shape = (self.num_prefixes, self.num_kv_heads, self.num_virtual_tokens, self.head_dim)
-        self.prefix_key = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.prefix_value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw keys and values from N(0, 1)."""
-        nn.init.normal_(self.prefix_key)
-        nn.init.normal_(self.prefix_value)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-        """prefix_attention with these prefixes; every keyword of it may be given, shapes and errors are its
-        own.
-
-        Args:
-            query: [B, num_heads, Tq, D]. key, value: [B, num_kv_heads, Tk, D].
-
-        Raises:
-            ValueError: a query with another number of heads.
-        """
-        if query.dim() == 4 and query.shape[1] != self.num_heads:
-            raise ValueError(
-                f"PrefixAttention: expected query [B, H, Tq, D] with H={self.num_heads}, got "
-                f"{tuple(query.shape)}; make the module with this number of heads"
-            )
-        return prefix_attention(query, key, value, self.prefix_key, self.prefix_value, **options)
-
-    def extra_repr(self) -> str:
-        """What the printed module shows of the prefixes."""
-        return (
-            f"num_virtual_tokens={self.num_virtual_tokens}, num_heads={self.num_heads}, "
-            f"head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, num_prefixes={self.num_prefixes}"
-        )

@@ -188,7 +188,7 @@ def test_peft_config_with_wrong_fields_is_refused(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"format_version": 3}, ValueError, "format_version <= 2, got 3; a newer prefix_fast wrote it"),
+        ({"format_version": 4}, ValueError, "format_version <= 3, got 4; a newer prefix_fast wrote it"),
         ({"format_version": None}, TypeError, "format_version to be an integer, got None"),
         ({"sites": ["../../etc"]}, ValueError, r"sites to be \['decoder'\], got \['../../etc'\]"),
         ({"sites": "decoder"}, ValueError, r"sites to be \['decoder'\], got 'decoder'"),

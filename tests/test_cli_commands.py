@@ -174,7 +174,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "convert", "doctor", "bench"])
 def test_every_command_has_help(command):
     result = invoke(command, "--help")
     assert result.exit_code == 0 and "Usage" in result.output

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefix_fast.functional import prefix_attention
-from prefix_fast.prefix import PrefixAttention
+from prefix_fast.modules import PrefixAttention
 
 
 def inputs(heads: int = 4, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

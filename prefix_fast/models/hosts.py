@@ -190,7 +190,9 @@ class PrefixHost(HostMixin):
 
     def _prefix_context(self, arguments: dict[str, Any]) -> hub.PrefixContext:
         state: HostState = self.__dict__[STATE]
-        return hub.PrefixContext(self._states() if state.states is None else state.states, state.backend)
+        states = self._states() if state.states is None else state.states
+        shifts = self.prefix is None or self.prefix.shifts_positions  # type: ignore[attr-defined]
+        return hub.PrefixContext(states, state.backend, shifts_positions=shifts)
 
     def _states(self) -> States:
         return {} if self.prefix is None else self.prefix()  # type: ignore[attr-defined]

@@ -44,15 +44,23 @@ class PrefixContext:
         backend: as in `prefix_attention`.
         in_window: the prefix's positions count in a sliding window, and leave it (PEFT's numbers).
         choice: of several prefixes, the one that each row reads; the states are then packed, [L, Hkv, total, D].
+        shifts_positions: the own tokens stand after the prefix.
     """
 
-    def __init__(self, states: States, backend: str, in_window: bool = False, choice: Choice | None = None) -> None:
+    def __init__(
+        self,
+        states: States,
+        backend: str,
+        in_window: bool = False,
+        choice: Choice | None = None,
+        shifts_positions: bool = True,
+    ) -> None:
         self.backend = backend
         self.in_window = in_window
         self.choice = choice
         # By how much the decoder's own tokens stand further on: all rows', or [B, 1].
         self.length: int | Tensor = 0
-        if "decoder" in states:
+        if "decoder" in states and shifts_positions:
             self.length = states["decoder"][0].shape[-2] if choice is None else choice.lengths
         # A reparametrised prefix is a view of its MLP's output, whose tokens lie 2 · L · Hkv · D floats apart:
         # every key would miss the TLB.
