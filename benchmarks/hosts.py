@@ -31,6 +31,7 @@ class Size:
 
 STEP = Size(layers=6, rows=8, tokens=128, prefix=200)
 GENERATION = Size(layers=12, rows=16, tokens=8, prefix=1024, new=16)
+MANY_ROWS = Size(layers=12, rows=64, tokens=8, prefix=1024, new=8)
 QUICK_STEP = Size(layers=1, rows=2, tokens=16, prefix=8, vocabulary=500)
 QUICK_GENERATION = Size(layers=2, rows=2, tokens=4, prefix=16, new=4, vocabulary=500)
 
@@ -101,7 +102,7 @@ class TrainingStep:
 
 
 class Generation:
-    """Greedy generation of `size.new` tokens."""
+    """Greedy generation of `size.new` tokens by GPT-2."""
 
     def __init__(self, name: str, size: Size) -> None:
         self.model = MODELS[name](size).eval()

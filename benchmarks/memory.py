@@ -1,6 +1,6 @@
-"""Peak memory of training steps, each contender in a process of its own: `peak_memory(name, quick)`.
+"""Peak memory of training steps or of a generation, each contender in a process of its own: `peak_memory`.
 
-As a script it is that process: `memory.py NAME [--quick]` prints the peak resident set in bytes.
+As a script it is that process: `memory.py NAME step|generation [--quick]` prints the peak resident set in bytes.
 """
 
 import resource
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 
-def peak_memory(name: str, quick: bool) -> int:
-    """The largest resident set, in bytes, of a fresh process that takes three steps with the named contender."""
-    command = [sys.executable, __file__, name, *(["--quick"] if quick else [])]
+def peak_memory(name: str, work: str, quick: bool) -> int:
+    """The largest resident set, in bytes, of a fresh process that does the work with the named contender."""
+    command = [sys.executable, __file__, name, work, *(["--quick"] if quick else [])]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -25,15 +25,18 @@ def peak_resident_set() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main(name: str, quick: bool) -> None:
-    """Three steps, then the peak."""
-    from hosts import QUICK_STEP, STEP, TrainingStep
+def main(name: str, work: str, quick: bool) -> None:
+    """Three steps, or one generation, then the peak."""
+    from hosts import MANY_ROWS, QUICK_GENERATION, QUICK_STEP, STEP, Generation, TrainingStep
 
-    step = TrainingStep(name, QUICK_STEP if quick else STEP)
-    for _ in range(3):
-        step()
+    if work == "generation":
+        Generation(name, QUICK_GENERATION if quick else MANY_ROWS)()
+    else:
+        step = TrainingStep(name, QUICK_STEP if quick else STEP)
+        for _ in range(3):
+            step()
     print(peak_resident_set())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--quick" in sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], "--quick" in sys.argv[3:])

@@ -11,7 +11,7 @@ from memory import peak_memory
 @pytest.mark.parametrize("ours", ["patch(peft_model)", "patch(model, prefix)"], ids=["peft-model", "plain-model"])
 def test_training_step(benchmark: Any, record: Any, quick: bool, ours: str) -> None:
     size = QUICK_STEP if quick else STEP
-    peak = {name: peak_memory(name, quick) for name in (ours, "PEFT")}
+    peak = {name: peak_memory(name, "step", quick) for name in (ours, "PEFT")}
     if not quick:
         assert peak[ours] < peak["PEFT"]
     record(
