@@ -45,7 +45,25 @@ _LIBRARY.define(
 
 def segment_attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Run the operator on the backend of that name. Returns out in query's layout and dtype, and lse."""
+    if _dispatches_nothing(problem):
+        return _run_forward(problem, backend)
     return torch.ops.prefix_fast.segment_attention(*_to_arguments(problem, backend))
+
+
+def _dispatches_nothing(problem: Problem) -> bool:
+    """Whether PyTorch's dispatcher would only call the kernel, as when decoding: it takes longer than short calls do.
+
+    It is needed for gradients, tracing, modes and profilers, and for subclasses of Tensor.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+        return False
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    if modes or torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = [problem.query, problem.key, problem.value, problem.key_mask, problem.attn_bias]
+    for segments in problem.sets:
+        tensors += [segments.key, segments.value, segments.bias]
+    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 @functools.cache
@@ -107,7 +125,10 @@ def _empty_grads(args: tuple[Any, ...], wanted: list[bool]) -> list[Tensor | Non
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    problem, backend = _to_problem(*args[:-1]), args[-1]
+    return _run_forward(_to_problem(*args[:-1]), args[-1])
+
+
+def _run_forward(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     check_values(problem)
     out, lse = _empty_outputs(problem.query)
     load_backend(backend).forward(problem, out, lse)

@@ -1,5 +1,7 @@
 """The operator inside PyTorch's machinery: opcheck, compile, autocast, checkpointing, vmap-free schemas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -146,3 +148,37 @@ def test_without_grad_nothing_is_recorded():
 def test_out_lies_in_memory_as_the_next_linear_layer_reads_it():
     out = prefix_fast.prefix_attention(*leaves(False))
     assert out.transpose(1, 2).is_contiguous()
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Takes note of the operators that it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_calls_without_grad_give_the_bits_of_the_dispatcher_and_are_seen_by_whoever_looks(case):
+    problem, name = make_problem(case), "prefix_fast::segment_attention"
+    with torch.no_grad():
+        assert ops._dispatches_nothing(problem)
+        found = ops.segment_attention(problem, "cpu")
+        expected = torch.ops.prefix_fast.segment_attention(*ops._to_arguments(problem, "cpu"))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        with Seen() as seen:
+            ops.segment_attention(problem, "cpu")
+        assert name in seen.names
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            ops.segment_attention(problem, "cpu")
+        assert name in {event.key for event in profile.key_averages()}
+        assert not ops._dispatches_nothing(replace(problem, key=problem.key.as_subclass(Wrapped)))
+    assert not ops._dispatches_nothing(problem)
