@@ -42,7 +42,7 @@ def run_sanitized(kind, root: Path, folder: Path, test: str, change: tuple[str, 
     made = folder / "prefix_fast" / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     made.parent.mkdir()
     includes = (folder / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"])
-    sources = (folder / "csrc" / name for name in ("bindings.cpp", "cpu/forward.cpp", "cpu/backward.cpp"))
+    sources = (folder / "csrc" / "bindings.cpp", *sorted((folder / "csrc" / "cpu").glob("*.cpp")))
     subprocess.run(
         [CXX, *FLAGS, f"-fsanitize={sanitizer}", f"-DPREFIX_FAST_MODULE={MODULE}", *(f"-I{path}" for path in includes),
          "-shared", *sources, "-o", made],
