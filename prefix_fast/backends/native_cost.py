@@ -68,13 +68,14 @@ class Work(NamedTuple):
 
 # Fitted by `python -I benchmarks/costs.py --write`, which measures again and replaces these lines.
 COSTS: dict[str, Work] = {
-    "generic": Work(1.5, 0.74, 1.38, 41.7, 1.53, 368, 1.69, 17.5),
-    "generic, halves": Work(1.43, 23.3, 1.28, 12.7, 5.03, 369, 8.13, 18.3),
-    "avx2": Work(1.1, 8.92, 2.06, 32.3, 2.87, 80.6, 1.84, 17.6),
-    "avx2, halves": Work(1.07, 15.2, 1.32, 12.1, 3.77, 99.2, 3.68, 17.6),
-    "avx512": Work(1.1, 5.3, 2.07, 27.7, 2.01, 81, 1.2, 17.5),
-    "avx512, halves": Work(1.11, 9.97, 1.65, 4.92, 3.86, 108, 3.16, 17.8),
-    "avx512_bf16": Work(1.11, 7.5, 2.27, 0, 3.57, 76.5, 4.05, 11),
+    "generic": Work(1.5, 2.61, 1.27, 21.9, 1.69, 372, 1.45, 17.4),
+    "generic, bfloat16": Work(1.16, 11.4, 1.19, 4.09, 3.31, 305, 3.12, 17.5),
+    "generic, halves": Work(1.37, 21.2, 1.66, 7.67, 4.42, 356, 8.99, 17.6),
+    "avx2": Work(1.07, 3.78, 1.52, 33.7, 1.58, 97.3, 1.47, 17.7),
+    "avx2, halves": Work(1.01, 11.1, 1.93, 5.95, 3.33, 107, 4.05, 17.7),
+    "avx512": Work(1.02, 6.1, 2.15, 29, 2.81, 67.1, 0.859, 17.2),
+    "avx512, halves": Work(0.99, 12.2, 2.23, 8.07, 3.89, 63.3, 3.08, 17.2),
+    "avx512_bf16": Work(0.987, 9.69, 2.44, 0, 3.84, 65.9, 2.93, 17.8),
 }  # fmt: skip
 
 
@@ -113,6 +114,8 @@ class Machine(NamedTuple):
         if self.multiplies_pairs(dtype):
             return self.level
         level = self.level.removesuffix("_bf16")  # the same kernels
+        if level == "generic" and dtype == torch.bfloat16:  # float16 is converted without an instruction for it there
+            return "generic, bfloat16"
         return level if dtype == torch.float32 else f"{level}, halves"
 
 
