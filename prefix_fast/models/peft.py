@@ -130,8 +130,8 @@ def prompt_states(model: Any) -> hub.States:
     """
     config = model.active_peft_config
     encoder = model.prompt_encoder[model.active_adapter]
-    if config.inference_mode:
-        flat = encoder.embedding.weight
+    if config.inference_mode or not getattr(encoder, "prefix_projection", True):
+        flat = encoder.embedding.weight  # whose rows the tokens are, in order
     else:
         tokens = model.prompt_tokens[model.active_adapter][: config.num_virtual_tokens]
         flat = encoder(tokens[None].to(encoder.embedding.weight.device)).squeeze(0)
