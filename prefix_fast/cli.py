@@ -210,7 +210,9 @@ def convert(
 
 @app.command()
 def doctor(
-    recheck: Annotated[bool, typer.Option("--recheck", help="Check Triton's configurations again.")] = False,
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Check Triton's configurations and time linears again.")
+    ] = False,
     every: Annotated[bool, typer.Option("--all", help="Check every one, not only head dims 64 and 128.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Time other tiles too; keep the fastest right ones.")] = False,
     debug: _Debug = False,
@@ -228,6 +230,7 @@ def doctor(
             table.add_row(info.name, info.device, "yes" if info.available else "no", escape(info.reason))
         console.print(table)
         refused = _show_configurations(console, every, recheck, tune)
+        _show_linears(console, recheck)
         with console.status("Checking every available backend against float64"):
             results = check_backends()
         checks = Table("backend", "device", "passed", "not served", "failed", title="Outputs and gradients")
@@ -268,6 +271,19 @@ def _show_configurations(console: Any, every: bool, recheck: bool, tune: bool) -
         if state.failure is not None:
             console.print(f"{state.configuration} on {state.device}: {escape(state.failure)}", soft_wrap=True)
     return any(state.failure is not None and state.tile is None for state in states)
+
+
+def _show_linears(console: Any, recheck: bool) -> None:
+    """Which library multiplies by the weights of a frozen model."""
+    from prefix_fast import linears
+    from prefix_fast.doctor import check_linears
+
+    table = Table("product", "PyTorch", "oneDNN", "used", title="Products with frozen weights (no second copies)")
+    with console.status("Timing products with frozen weights"):
+        for product, times in check_linears(recheck).items():
+            shown = ("–", "–") if times is None else tuple(f"{seconds * 1e3:.3g} ms" for seconds in times)
+            table.add_row(str(product), *shown, linears.library_of(product))
+    console.print(table)
 
 
 @app.command()

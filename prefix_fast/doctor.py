@@ -8,12 +8,11 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from prefix_fast import dispatch, selfcheck, testing, tuning
+from prefix_fast import dispatch, linears, selfcheck, testing, tuning
 from prefix_fast.backends import native, triton, triton_vetting
 from prefix_fast.backends.triton_config import Tile
 from prefix_fast.backends.triton_vetting import Configuration, Verdict
@@ -104,6 +103,16 @@ def _state(device: str, index: int, configuration: Configuration, verdict: Verdi
     return ConfigurationState(device, str(configuration), verdict.used, state, verdict.failure)
 
 
+def check_linears(recheck: bool = False) -> dict[linears.Product, linears.Times | None]:
+    """Times of the products with frozen weights on this CPU; those on record are taken again only if asked to.
+
+    None: nothing could be timed or kept.
+    """
+    products = linears.products_of()
+    linears.decide(products, renew=recheck)
+    return {product: linears.times_of(product) for product in products}
+
+
 def check_backends() -> list[CheckResult]:
     """Check every available backend, output and gradients, on each device that it takes and this machine has."""
     return [
@@ -142,7 +151,10 @@ def _check(backend: str, device: str) -> CheckResult:
 
 def environment() -> dict[str, str]:
     """Processor, devices, versions and the settings that steer the library."""
-    facts = {"processor": _processor(), "threads": str(torch.get_num_threads())}
+    facts = {
+        "processor": f"{linears.processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": str(torch.get_num_threads()),
+    }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     if native.availability() is None:
@@ -155,13 +167,3 @@ def environment() -> dict[str, str]:
             facts[package] = "not installed"
     facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("PREFIX_FAST_")}
     return facts
-
-
-def _processor() -> str:
-    """The processor's name and the widest instruction set that torch sees."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -11,7 +11,7 @@ from prefix_fast import dispatch, selfcheck
 from prefix_fast.bank import PrefixBank
 from prefix_fast.bank_files import holds_bank
 from prefix_fast.geometry import model_sites
-from prefix_fast.models import admission, families, hosts, hub, sites
+from prefix_fast.models import admission, families, hosts, hub, linears, sites
 from prefix_fast.models.bank import BankHost
 from prefix_fast.models.loss import loss_plan
 from prefix_fast.models.seq2seq_loss import seq2seq_plan
@@ -65,7 +65,9 @@ def patch(
             )
         if peft.is_patched(model):
             unpatch(model)
-        return peft.patch_peft(model, backend, fused_loss, compute_dtype)
+        peft.patch_peft(model, backend, fused_loss, compute_dtype)
+        linears.step_in(model.base_model)
+        return model
 
     admission.check_model(model)
     was = _earlier_state(model)
@@ -105,6 +107,7 @@ def patch(
     hosts.step_in(model, BankHost if isinstance(module, PrefixBank) else hosts.PrefixHost, state)
     if offered.is_encoder_decoder:
         hosts.follow_encoder(model, module is not None and "encoder" in module.sites)
+    linears.step_in(model)
     return model
 
 
@@ -124,6 +127,7 @@ def unpatch(model: Any) -> Any:
         from prefix_fast.models import peft
 
         if peft.is_patched(model):
+            linears.step_out(model.base_model)
             return peft.unpatch_peft(model)
     elif hosts.is_patched(model) and isinstance(model, hosts.PrefixHost):
         return _leave(model)
@@ -131,6 +135,7 @@ def unpatch(model: Any) -> Any:
 
 
 def _leave(model: Any) -> Any:
+    linears.step_out(model)
     hosts.follow_encoder(model, False)
     state = hosts.step_out(model)
     sites.unmark(model)
