@@ -11,7 +11,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from prefix_fast import patch
+from prefix_fast import SharedSourceCollator, patch
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Size:
 STEP = Size(layers=6, rows=8, tokens=128, prefix=200)
 GENERATION = Size(layers=12, rows=16, tokens=8, prefix=1024, new=16)
 MANY_ROWS = Size(layers=12, rows=64, tokens=8, prefix=1024, new=8)
+REFERENCES = Size(layers=6, rows=32, tokens=80, prefix=20)
+QUICK_REFERENCES = Size(layers=1, rows=8, tokens=20, prefix=8, vocabulary=500)
 QUICK_STEP = Size(layers=1, rows=2, tokens=16, prefix=8, vocabulary=500)
 QUICK_GENERATION = Size(layers=2, rows=2, tokens=4, prefix=16, new=4, vocabulary=500)
 
@@ -91,14 +93,35 @@ class TrainingStep:
         self.labels = self.input_ids.clone()
         self.labels[:, : size.tokens // 2] = -100
 
+    def batch(self) -> dict[str, Tensor]:
+        """The arguments of the model's forward."""
+        return {"input_ids": self.input_ids, "labels": self.labels}
+
     def __call__(self) -> tuple[Tensor, ...]:
         """One step; the loss before it and the norm of its gradient."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(input_ids=self.input_ids, labels=self.labels).loss
+        loss = self.model(**self.batch()).loss
         loss.backward()
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.trainable]))
         self.optimizer.step()
         return loss.detach(), norm
+
+
+class ReferencesStep(TrainingStep):
+    """The same with `PER_SOURCE` rows for each source, which is the part of a row without labels."""
+
+    PER_SOURCE = 8
+
+    def __init__(self, shared: bool, size: Size) -> None:
+        super().__init__("patch(model, prefix)", size)
+        sources, half = self.input_ids[:: self.PER_SOURCE], size.tokens // 2
+        self.input_ids[:, :half] = sources[:, :half].repeat_interleave(self.PER_SOURCE, dim=0)
+        features = [{"source_ids": row[:half], "target_ids": row[half:]} for row in self.input_ids]
+        self.shared = SharedSourceCollator(0)(features) if shared else None
+
+    def batch(self) -> dict[str, Tensor]:
+        """The arguments of the model's forward."""
+        return super().batch() if self.shared is None else self.shared
 
 
 class Generation:

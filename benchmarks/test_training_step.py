@@ -1,10 +1,10 @@
-"""A training step of GPT-2 with a prefix against PEFT's: time, and peak memory in processes of their own."""
+"""A training step of GPT-2 with a prefix: against PEFT's, with peak memory in separate processes; shared sources."""
 
 from typing import Any
 
 import pytest
 from compare import Contender, compare
-from hosts import QUICK_STEP, STEP, TrainingStep
+from hosts import QUICK_REFERENCES, QUICK_STEP, REFERENCES, STEP, ReferencesStep, TrainingStep
 from memory import peak_memory
 
 
@@ -25,5 +25,21 @@ def test_training_step(benchmark: Any, record: Any, quick: bool, ours: str) -> N
             tolerance=1e-4,
             headlines=["PEFT"],
             notes={"peak": f"{peak[ours] / 2**30:.2f} against {peak['PEFT'] / 2**30:.2f} GiB"},
+        )
+    )
+
+
+def test_shared_sources(benchmark: Any, record: Any, quick: bool) -> None:
+    size = QUICK_REFERENCES if quick else REFERENCES
+    record(
+        compare(
+            benchmark,
+            group="training step",
+            case=f"{size}, {ReferencesStep.PER_SOURCE} references of each source, labels on half",
+            ours=Contender("shared sources", ReferencesStep(True, size)),
+            rivals=[Contender("ordinary batch", ReferencesStep(False, size))],
+            rounds=1 if quick else 4,
+            tolerance=1e-4,
+            headlines=["ordinary batch"],
         )
     )

@@ -9,6 +9,7 @@ from prefix_fast.dispatch import BackendInfo, backends
 from prefix_fast.functional import Segment, prefix_attention, segment_attention
 from prefix_fast.modules import PrefixAttention
 from prefix_fast.prefix import Prefix, PrefixConfig
+from prefix_fast.sources import SharedSourceCollator
 
 if TYPE_CHECKING:
     from prefix_fast.patching import patch, unpatch
@@ -21,6 +22,7 @@ __all__ = [
     "PrefixBank",
     "PrefixConfig",
     "Segment",
+    "SharedSourceCollator",
     "backends",
     "make_plan",
     "patch",

@@ -27,7 +27,7 @@ LAYERS = (
     ("prefix_fast.ops", "prefix_fast.checks"),
     ("prefix_fast.dispatch",),
     ("prefix_fast.functional",),
-    ("prefix_fast.testing", "prefix_fast.geometry", "prefix_fast.choice", "prefix_fast.linears"),
+    ("prefix_fast.testing", "prefix_fast.geometry", "prefix_fast.choice", "prefix_fast.linears", "prefix_fast.sources"),
     ("prefix_fast.modules",),
     ("prefix_fast.selfcheck",),
     ("prefix_fast.tuning",),

@@ -13,6 +13,9 @@ EXPECTED = {
     "hand_written_gpt": "in 30 steps",
     "many_users": r"None: '",
     "bart": "in 30 steps",
+    "shared_sources": r"48 rows of 16 sources: \d+ tokens computed instead of \d+",
+    "rollouts": r"reward \d\.\d+ -> \d\.\d+, 8 completions of each of 4 prompts",
+    "dpo": r"1\d of 16 answers are preferred more",
     "accelerate_processes": "2 processes, the same prefix in each: True",
 }
 NEEDS = {"peft_script": "peft", "trainer": "accelerate", "accelerate_processes": "accelerate"}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.choice import Choice
-from prefix_fast.models import families, hub, saving, sites
+from prefix_fast.models import families, hub, saving, shared_sources, sites
 from prefix_fast.models.hub import States
 from prefix_fast.models.loss import LossPlan, can_fuse, fused_forward
 from prefix_fast.models.seq2seq_loss import Seq2SeqPlan, can_fuse_seq2seq, fused_seq2seq_forward
@@ -87,6 +87,10 @@ class HostMixin:
         state: HostState = self.__dict__[STATE]
         context = kwargs.pop(hub.KEYWORD, None)
         arguments = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
+        if any(name in arguments for name in shared_sources.KEYWORDS):
+            self._keep_attention()
+            with self._compute(next(self.parameters()).device.type):  # type: ignore[attr-defined]
+                return shared_sources.shared_forward(self, state, forward, arguments, context)
         context = context or self._prefix_context(arguments)
         if context is None:
             return forward(self, *args, **kwargs)

@@ -85,22 +85,13 @@ class PrefixContext:
         **ignored: Any,
     ) -> tuple[Tensor, None]:
         """Attention of one layer to the prefix and the own tokens: what the interface asks of an attention function."""
-        if self.needs_grad and not torch.is_grad_enabled():
-            raise RuntimeError(
-                "prefix_fast: expected the layers to run with gradients as the prefix does, got a layer under no_grad,"
-                " as reentrant gradient checkpointing runs it, where the prefix would get no gradient; use"
-                " use_reentrant=False"
-            )
         site = sites.site_of(module)
         causal = site.name == "decoder" and getattr(module, "is_causal", True)
         visible = self._visible(query, mask, causal)
         if position_bias is not None and site.name != "cross":  # the cross-attention's is zero, which `admit` has seen
             bias = position_bias.to(query.dtype)
             visible = visible._replace(attn_bias=bias if visible.attn_bias is None else bias + visible.attn_bias)
-        segments = self._segments(site, query, key, mask)
-        if not torch.compiler.is_compiling():  # the model may have come to its device after patch
-            prefix_dtype = segments[0].key.dtype if segments else query.dtype
-            selfcheck.vet(query.device, self.backend, query.shape[-1], query.dtype, prefix_dtype)
+        segments = self.segments(site, query, key, mask)
         out = segment_attention(
             query,
             key,
@@ -118,6 +109,20 @@ class PrefixContext:
             backend=self.backend,
         )
         return out.transpose(1, 2), None  # type: ignore[union-attr]
+
+    def segments(self, site: Site, query: Tensor, key: Tensor, mask: Any) -> list[Segment]:
+        """The prefix as one layer's attention reads it, none or one; raises where it cannot be read from there."""
+        if self.needs_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "prefix_fast: expected the layers to run with gradients as the prefix does, got a layer under no_grad,"
+                " as reentrant gradient checkpointing runs it, where the prefix would get no gradient; use"
+                " use_reentrant=False"
+            )
+        segments = self._segments(site, query, key, mask)
+        if not torch.compiler.is_compiling():  # the model may have come to its device after patch
+            prefix_dtype = segments[0].key.dtype if segments else query.dtype
+            selfcheck.vet(query.device, self.backend, query.shape[-1], query.dtype, prefix_dtype)
+        return segments
 
     def _segments(self, site: Site, query: Tensor, key: Tensor, mask: Any) -> list[Segment]:
         if site.name not in self.layers:
