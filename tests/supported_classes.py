@@ -166,7 +166,8 @@ def outcome(name: str) -> str:
         if "on the meta device" in str(error):
             raise
         return reason(error)
-    assert_same_step(model, theirs)
+    for padding in ("left", "right"):
+        assert_same_step(model, theirs, padding)
     assert_same_with_cache(model)
     return "equal"
 
@@ -177,17 +178,18 @@ def reason(error: Exception) -> str:
     return message.removesuffix("; it cannot be patched").removesuffix("; use another model").replace("|", "/")
 
 
-def batch_of(model: Any) -> dict[str, Any]:
+def batch_of(model: Any, padding: str = "right") -> dict[str, Any]:
     """Inputs and labels."""
-    batch = make_batch("right", tokens=7)
+    batch = make_batch(padding, tokens=7)
     if model.main_input_name == "input_features":
         features = torch.randn(3, model.config.num_mel_bins, 2 * model.config.max_source_positions)
         return {"input_features": features, "labels": batch.labels}
     return batch._asdict()
 
 
-def assert_same_step(model: Any, theirs: Any) -> None:
+def assert_same_step(model: Any, theirs: Any, padding: str) -> None:
     """A training step equals that of the unpatched model whose cache holds the prefix."""
+    model.zero_grad()
     site = model.prefix.sites["decoder"]
     keys, values = (tensor.detach().clone().requires_grad_() for tensor in (site.keys, site.values))
     seq2seq = model.config.is_encoder_decoder
@@ -195,7 +197,8 @@ def assert_same_step(model: Any, theirs: Any) -> None:
     for layer in range(keys.shape[0]):
         pair = (tensor[layer].expand(3, -1, -1, -1).contiguous() for tensor in (keys, values))
         cache.update(*pair, layer)
-    batch = batch_of(model)
+    torch.manual_seed(1)
+    batch = batch_of(model, padding)
     given = {"past_key_values": hf.EncoderDecoderCache(cache, hf.DynamicCache()) if seq2seq else cache}
     if not seq2seq:
         given["attention_mask"] = with_prefix_mask(batch["attention_mask"], P)
@@ -207,6 +210,7 @@ def assert_same_step(model: Any, theirs: Any) -> None:
     real = torch.ones_like(batch["labels"]).bool() if seq2seq else batch["attention_mask"].bool()
     assert_close(found.logits[real], expected.logits[real])
     for ours, reference in ((site.keys, keys), (site.values, values)):
+        assert ours.grad is not None
         assert_close(ours.grad, reference.grad)
 
 
@@ -256,7 +260,7 @@ def written(tried: list[Tried]) -> str:
             "",
             f"## Equal ({len(equal)})",
             "",
-            "Logits, loss and the prefix's gradients of a training step; a forward without a cache and one token after"
+            "Logits, loss and the prefix's gradients of a training step, padded on the left and on the right; a forward without a cache and one token after"
             " the other with a cache.",
             "",
             *(f"- {name}" for name in equal),
