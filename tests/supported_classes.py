@@ -260,8 +260,8 @@ def written(tried: list[Tried]) -> str:
             "",
             f"## Equal ({len(equal)})",
             "",
-            "Logits, loss and the prefix's gradients of a training step, padded on the left and on the right; a forward without a cache and one token after"
-            " the other with a cache.",
+            "Logits, loss and the prefix's gradients of a training step, padded on the left and on the right; a forward"
+            " without a cache and one token after the other with a cache.",
             "",
             *(f"- {name}" for name in equal),
             "",
