@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/peak.h"
@@ -15,6 +16,7 @@
 
 namespace py = pybind11;
 using prefix_fast::BiasView;
+using prefix_fast::CrossEntropy;
 using prefix_fast::DType;
 using prefix_fast::Grads;
 using prefix_fast::Problem;
@@ -310,6 +312,20 @@ void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle
     prefix_fast::backward(p, saved, g);
 }
 
+// The row losses of logits [N, V] are written, and, where they are wanted, the gradients in the logits' place.
+void run_cross_entropy(py::handle logits, py::handle target, py::handle weight, py::handle loss,
+                       int64_t ignored, float scale, float softcap, float smoothing, float z_loss,
+                       bool gradient, int threads) {
+    const TensorInfo x = describe(logits);
+    const auto* targets = reinterpret_cast<const int64_t*>(describe(target).data);
+    const auto* weights = weight.is_none() ? nullptr : reinterpret_cast<const float*>(describe(weight).data);
+    auto* losses = reinterpret_cast<float*>(describe(loss).data);
+    const CrossEntropy rows{x.data, float_type(x), x.size[0],  x.size[1], targets, weights,  losses,
+                            ignored, scale,        softcap,    smoothing, z_loss,  gradient, threads};
+    py::gil_scoped_release unlocked;
+    prefix_fast::cross_entropy(rows);
+}
+
 // For each phase of "forward" or "backward" (of everything), the multiply-adds of its items in the order in
 // which threads take them.
 py::list partition(py::handle problem, const std::string& pass) {
@@ -366,6 +382,7 @@ PYBIND11_MODULE(PREFIX_FAST_MODULE, m) {
     m.doc() = "Prefix attention on the CPU, compiled for one instruction set.";
     m.def("forward", &run_forward);
     m.def("backward", &run_backward);
+    m.def("cross_entropy", &run_cross_entropy);
     m.def("partition", &partition);
     m.def("supported_isas", &supported_isas);
     m.def("has_openmp", &has_openmp);

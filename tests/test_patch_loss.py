@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from models_zoo import assert_close, make_batch, make_model, make_prefix, twin
+from models_zoo import FAMILIES, assert_close, make_batch, make_model, make_prefix, twin
 
 from prefix_fast import dispatch
+from prefix_fast.models import head
 from prefix_fast.patching import patch
 
 
@@ -125,6 +126,70 @@ def test_no_labelled_position():
     loss.backward()
     assert loss == 0
     assert all((parameter.grad == 0).all() for parameter in model.prefix.parameters())
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """The options of each call of the function that is head and loss together."""
+    calls, function = [], head.linear_cross_entropy
+    monkeypatch.setattr(head, "linear_cross_entropy", lambda *args, **kw: (calls.append(kw), function(*args, **kw))[1])
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [*((family, None) for family in FAMILIES), ("gemma2", ("softcap", 3.0)), ("granite", ("logit_scale", 0.25))],
+)
+def test_frozen_head_and_loss_are_one_function(family, option, heads):
+    model, batch = patch(make_model(family), 5).train(), make_batch("left")
+    plain = twin(model)
+    plain._prefix_fast.fused_loss = False
+    losses = [each(**batch.arguments()).loss for each in (model, plain)]
+    assert len(heads) == 1
+    assert option is None or heads[0][option[0]] == option[1]
+    assert_close(*losses, 1e-6)
+    assert losses[0].dtype == losses[1].dtype
+    for loss in losses:
+        (0.5 * loss).backward()
+    for ours, theirs in zip(model.prefix.parameters(), plain.prefix.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.lm_head.requires_grad_(),
+        lambda model: model.lm_head.register_forward_hook(lambda module, args, out: None),
+        lambda model: model.lm_head.register_full_backward_hook(lambda module, grads, outs: None),
+        lambda model: setattr(model.lm_head, "forward", model.lm_head.forward),
+        lambda model: setattr(model.lm_head, "__class__", type("Other", (torch.nn.Linear,), {})),
+    ],
+    ids=["trained", "hook", "backward-hook", "forward", "subclass"],
+)
+def test_other_heads_are_called(change, heads):
+    model, batch = patch(make_model("llama"), 5).train(), make_batch("left")
+    expected = model(**batch.arguments()).loss
+    change(model)
+    assert_close(model(**batch.arguments()).loss, expected, 1e-6)
+    assert len(heads) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_half_precision_loss_is_float32_as_in_transformers(family, heads):
+    model, batch = patch(make_model(family, dtype=torch.bfloat16), 5).train(), make_batch("left")
+    plain = twin(model)
+    plain._prefix_fast.fused_loss = False
+    losses = [each(**batch.arguments()).loss for each in (model, plain)]
+    assert len(heads) == 1
+    assert losses[0].dtype == losses[1].dtype == torch.float32
+    assert_close(*losses, 1e-2)
+
+
+def test_label_out_of_the_vocabulary_raises():
+    model, batch = patch(make_model("gpt2"), 5).train(), make_batch("left")
+    batch.labels[0, -1] = 61
+    with pytest.raises(ValueError, match="expected labels from 0 to 60, or -100 for none, got 61"):
+        model(**batch.arguments())
 
 
 def test_own_loss_function_is_called(watched):

@@ -4,9 +4,10 @@
     rows   = hidden[labels ≠ ignored]   [N, hidden], the states that predict a label
     loss   = loss_function(head(rows))  the model's own, with its num_items_in_batch and ignore_index
 
-The full logits [B, T, vocabulary] are computed, with their graph, when something first reads them. Whether a class is
-of that form is read from the source of its forward, statement by statement; any other statement and the class keeps
-its own path, so a new model is slow at worst.
+A frozen head and the loss are one function, which never has the logits of all rows (`linear_loss`). The full logits
+[B, T, vocabulary] are computed, with their graph, when something first reads them. Whether a class is of that form is
+read from the source of its forward, statement by statement; any other statement and the class keeps its own path, so a
+new model is slow at worst.
 """
 
 from __future__ import annotations
@@ -17,22 +18,44 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prefix_fast.models.head import frozen_head
 from prefix_fast.models.outputs import lazy_output
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
-# What classes do to the logits between head and loss; each key is the statement as ast.unparse writes it.
-_SCALINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "logits = logits / self.config.logits_scaling": lambda model, x: x / model.config.logits_scaling,
-    "logits = logits * self.logit_scale": lambda model, x: x * model.logit_scale,
+
+
+class _Scaling(NamedTuple):
+    """What a class does to the logits between head and loss, and the same as options of `linear_cross_entropy`."""
+
+    apply: Callable[[Any, Tensor], Tensor]
+    options: Callable[[Any], dict[str, Any]]
+
+
+def _softcapped(model: Any, logits: Tensor) -> Tensor:
+    cap = model.config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+# Each key is the statement as ast.unparse writes it.
+_SCALINGS = {
+    "logits = logits / self.config.logits_scaling": _Scaling(
+        lambda model, x: x / model.config.logits_scaling,
+        lambda model: {"logit_scale": 1 / model.config.logits_scaling},
+    ),
+    "logits = logits * self.logit_scale": _Scaling(
+        lambda model, x: x * model.logit_scale, lambda model: {"logit_scale": model.logit_scale}
+    ),
     "if self.config.final_logit_softcapping is not None:\n"
     "    logits = logits / self.config.final_logit_softcapping\n"
     "    logits = torch.tanh(logits)\n"
-    "    logits = logits * self.config.final_logit_softcapping": lambda model, x: _softcapped(model, x),
+    "    logits = logits * self.config.final_logit_softcapping": _Scaling(
+        _softcapped, lambda model: {"softcap": model.config.final_logit_softcapping}
+    ),
 }
 _HIDDEN = {
     "hidden_states = {0}.last_hidden_state",
@@ -42,11 +65,6 @@ _HIDDEN = {
 }
 _HEAD_INPUTS = {"hidden_states", "hidden_states[:, slice_indices, :]"}
 _LOSS_CALLS = {"labels", "logits", "self.config.vocab_size", "self.vocab_size", "kwargs"}
-
-
-def _softcapped(model: Any, logits: Tensor) -> Tensor:
-    cap = model.config.final_logit_softcapping
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass
@@ -75,7 +93,7 @@ class LossPlan:
         """Head and scalings: [..., hidden] → [..., vocabulary]."""
         logits = getattr(model, self.head)(hidden)
         for statement in self.scalings:
-            logits = _SCALINGS[statement](model, logits)
+            logits = _SCALINGS[statement].apply(model, logits)
         return logits
 
 
@@ -240,16 +258,30 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
             f"{type(model).__name__}: expected labels {tuple(hidden.shape[:-1])}, one for each token, got"
             f" {tuple(targets.shape)}; pad labels as the tokens are padded, with {ignored}"
         )
-    targets = targets.to(hidden.device)
-    # The number of labels is data: a compiled graph keeps all rows instead.
-    compiling = torch.compiler.is_compiling()
-    rows, targets = (hidden, targets) if compiling else (hidden[targets != ignored], targets[targets != ignored])
-    logits = plan.logits(model, rows)
-    loss = model.loss_function(
-        logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, **loss_arguments
-    )
+    loss, dtype = _loss(model, plan, hidden, targets.to(hidden.device), ignored, loss_arguments)
     fields = {name: getattr(outputs, inner, None) for name, inner in plan.output_fields.items()}
-    if plan.output_class is None or compiling:
+    if plan.output_class is None or torch.compiler.is_compiling():
         return plan.output_class(loss=loss, logits=None, **fields)  # type: ignore[misc]
     compute = functools.partial(plan.logits, model, hidden)
-    return lazy_output(plan.output_class, compute, logits.dtype, loss=loss, **fields)
+    return lazy_output(plan.output_class, compute, dtype, loss=loss, **fields)
+
+
+def _loss(
+    model: Any, plan: LossPlan, hidden: Tensor, targets: Tensor, ignored: int, arguments: dict[str, Any]
+) -> tuple[Tensor, torch.dtype]:
+    """The loss of states and targets, and the dtype of their logits."""
+    head = frozen_head(getattr(model, plan.head)) if len(plan.scalings) < 2 else None
+    if head is not None:
+        options = _SCALINGS[plan.scalings[0]].options(model) if plan.scalings else {}
+        loss = head.loss(hidden, targets, ignored, denominator=arguments.get("num_items_in_batch"), **options)
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return loss, torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    # The number of labels is data: a compiled graph keeps all rows instead.
+    if not torch.compiler.is_compiling():
+        hidden, targets = hidden[targets != ignored], targets[targets != ignored]
+    logits = plan.logits(model, hidden)
+    loss = model.loss_function(
+        logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, **arguments
+    )
+    return loss, logits.dtype

@@ -5,7 +5,8 @@
     loss   = the class's own statements after the head, on logits [1, N, vocabulary] and labels [1, N]
 
 The class's forward runs as it is: the head is given the chosen rows, and the forward is given the chosen labels
-together with the decoder's input that it would have made of all of them. Whether a class uses labels and logits for
+together with the decoder's input that it would have made of all of them. Where the head is frozen it gets no row and
+the forward no label; head and loss are then one function (`linear_loss`). Whether a class uses labels and logits for
 nothing else is read from the source of its forward; any other statement and the class keeps its own path.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast.models.head import frozen_head
 from prefix_fast.models.outputs import lazy_output
 
 IGNORED = -100
@@ -135,8 +137,9 @@ def fused_seq2seq_forward(model: Any, plan: Seq2SeqPlan, forward: Callable, argu
     if given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
         given["decoder_input_ids"] = plan.decoder_input_ids(model, labels)
     chosen = labels != IGNORED
-    given["labels"] = labels[chosen].unsqueeze(0)
     head, seen = getattr(model, plan.head), []
+    frozen = frozen_head(head, model.final_logits_bias if plan.has_bias else None)
+    given["labels"] = labels[chosen].unsqueeze(0) if frozen is None else labels.new_empty((1, 0))
 
     def labelled_rows(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (hidden,) = inputs
@@ -146,7 +149,7 @@ def fused_seq2seq_forward(model: Any, plan: Seq2SeqPlan, forward: Callable, argu
                 f" {tuple(labels.shape)}; pad labels as the decoder's tokens are padded, with {IGNORED}"
             )
         seen.append(hidden)
-        return (hidden[chosen.to(hidden.device)].unsqueeze(0),)
+        return (hidden[chosen.to(hidden.device)].unsqueeze(0) if frozen is None else hidden.detach()[:1, :0],)
 
     handle = head.register_forward_pre_hook(labelled_rows)
     try:
@@ -155,4 +158,6 @@ def fused_seq2seq_forward(model: Any, plan: Seq2SeqPlan, forward: Callable, argu
         handle.remove()
     compute = functools.partial(plan.logits, model, seen[0])
     fields = {name: value for name, value in output.items() if name != "logits"}
+    if frozen is not None:
+        fields["loss"] = frozen.loss(seen[0], labels.to(seen[0].device), IGNORED).to(output.loss.dtype)
     return lazy_output(type(output), compute, output.logits.dtype, **fields)
