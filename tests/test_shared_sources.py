@@ -7,6 +7,7 @@ from seq2seq_zoo import make_seq2seq, make_site_prefix
 from shared_batches import PAD, make_features, ordinary, shared, source_to_target
 
 from prefix_fast import PrefixBank, SharedSourceCollator
+from prefix_fast.models import shared_sources
 from prefix_fast.patching import patch
 
 
@@ -107,7 +108,9 @@ def test_window_that_a_row_leaves_is_refused():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_log_probabilities_in_the_features_order(family):
+@pytest.mark.parametrize("rows", [1024, 5], ids=["whole", "parts"])
+def test_log_probabilities_in_the_features_order(family, rows, monkeypatch):
+    monkeypatch.setattr(shared_sources, "_ROWS", rows)
     model, features = plain(family), make_features()
     batch = ordinary(features)
     found = model(**shared(features), per_token_logps=True)
@@ -119,7 +122,9 @@ def test_log_probabilities_in_the_features_order(family):
     assert_close(found.loss, -expected.mean(), 1e-5)
 
 
-def test_gradient_of_log_probabilities():
+@pytest.mark.parametrize("rows", [1024, 5], ids=["whole", "parts"])
+def test_gradient_of_log_probabilities(rows, monkeypatch):
+    monkeypatch.setattr(shared_sources, "_ROWS", rows)
     model, features = plain("llama"), make_features()
     batch = shared(features)
     del batch["labels"]
@@ -144,24 +149,25 @@ def test_source_is_computed_once():
     assert seen == [len(features[0]["source_ids"]) + sum(len(feature["target_ids"]) for feature in features)]
 
 
-def test_labels_of_some_target_tokens():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_labels_of_some_target_tokens(per_token):
     model, features = plain("llama"), make_features()
     ours, theirs = shared(features), ordinary(features)
     for row, feature in enumerate(features[:3]):
         ours["labels"][row, 1] = theirs["labels"][row, len(feature["source_ids"])] = -100
-    loss, gradients = step(model, ours)
+    loss, gradients = step(model, ours, per_token_logps=per_token)
     expected_loss, expected = step(twin(model), theirs)
     assert_close(loss, expected_loss, 1e-5)
     for name, gradient in expected.items():
         assert_close(gradients[name], gradient)
 
 
-def test_no_labelled_position():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_no_labelled_position(per_token):
     model, batch = plain("gpt2"), shared(make_features())
     batch["labels"].fill_(-100)
-    assert torch.isnan(model(**batch).loss)
     for arguments in ({}, {"num_items_in_batch": 3}):
-        loss, gradients = step(model, batch, **arguments)
+        loss, gradients = step(model, batch, per_token_logps=per_token, **arguments)
         assert torch.isnan(loss) if not arguments else loss == 0
         assert gradients and all((gradient == 0).all() for gradient in gradients.values())
 

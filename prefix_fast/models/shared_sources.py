@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from prefix_fast.backends.problem import Plan, make_plan
@@ -28,6 +29,7 @@ from prefix_fast.models.loss import LOSS_ARGUMENTS, LossPlan
 from prefix_fast.models.masks import OwnMask
 from prefix_fast.models.seq2seq_loss import IGNORED, Seq2SeqPlan
 
+_ROWS = 1024  # whose logits are kept at a time, for log-probabilities
 _TENSORS = ("source_ids", "source_mask", "target_ids", "target_mask", "source_index")
 PER_TOKEN = "per_token_logps"
 KEYWORDS = (*_TENSORS, PER_TOKEN)
@@ -212,17 +214,35 @@ def _output(model: Any, hidden: Tensor, head: Callable, tokens: Tensor, argument
     given = {name: arguments[name] for name in LOSS_ARGUMENTS if name in arguments}
     if labels is not None:
         labels = labels[:, 1:][arguments["target_mask"].bool()]
+    ignored = given.get("ignore_index", IGNORED)
     if arguments.get(PER_TOKEN):
-        logits = head(hidden)
-        logps = -torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
+        wanted = [tokens] if labels is None else [tokens, labels.masked_fill(labels == ignored, 0)]
+        logps, *of_labels = _log_probabilities(head, hidden, wanted)
+        if labels is not None:
+            labelled = labels != ignored
+            items = given.get("num_items_in_batch", labelled.sum())
+            loss = -of_labels[0].masked_fill(~labelled, 0).sum() / items
     elif labels is not None:
-        labelled = labels != given.get("ignore_index", IGNORED)
-        labels, logits = labels[labelled], head(hidden[labelled])
-    if labels is not None:
+        labelled = labels != ignored
+        logits = head(hidden[labelled])
         loss = model.loss_function(
-            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=labels, **given
+            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=labels[labelled], **given
         )
     return SharedSourceOutput(loss=loss, per_token_logps=logps)
+
+
+def _log_probabilities(head: Callable, hidden: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+    """Those of each list of tokens, [rows] each; the logits of many rows are computed in parts, backward once more."""
+
+    def part(hidden: Tensor, *wanted: Tensor) -> list[Tensor]:
+        logps = head(hidden).float().log_softmax(-1)
+        return [logps.gather(1, tokens.unsqueeze(1)).squeeze(1) for tokens in wanted]
+
+    if hidden.shape[0] <= _ROWS:
+        return part(hidden, *wanted)
+    split = zip(*(rows.split(_ROWS) for rows in (hidden, *wanted)), strict=True)
+    parts = [checkpoint(part, *rows, use_reentrant=False, preserve_rng_state=False) for rows in split]
+    return [torch.cat(found) for found in zip(*parts, strict=True)]
 
 
 def _hidden_states(model: Any, plan: LossPlan, given: dict[str, Any]) -> Tensor:

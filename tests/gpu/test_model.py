@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from models_zoo import Batch, cache_with, make_batch, make_model, make_prefix, random_states, twin, with_prefix_mask
+from shared_batches import make_features, ordinary, shared
 
 from prefix_fast.patching import patch
 
@@ -49,6 +50,19 @@ def test_loss_and_prefix_gradient_equal_those_of_a_cached_prefix(device: str, sh
     ours = torch.cat([grad.float().flatten() for grad in found])
     theirs = torch.cat([state.grad.float().flatten() for state in states])
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * largest)
+
+
+def test_shared_sources_equal_an_ordinary_batch(device: str) -> None:
+    patched, _, _ = models(device, "D64")
+    features, steps = make_features((2, 1)), []
+    for model, batch in ((patched.train(), shared(features)), (twin(patched), ordinary(features))):
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()
+        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        steps.append((loss.detach(), torch.cat(gradients)))
+    (loss, ours), (expected, theirs) = steps
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
