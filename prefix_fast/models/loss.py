@@ -258,7 +258,7 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
             f"{type(model).__name__}: expected labels {tuple(hidden.shape[:-1])}, one for each token, got"
             f" {tuple(targets.shape)}; pad labels as the tokens are padded, with {ignored}"
         )
-    loss, dtype = _loss(model, plan, hidden, targets.to(hidden.device), ignored, loss_arguments)
+    loss, dtype = loss_of_states(model, plan, hidden, targets.to(hidden.device), ignored, loss_arguments)
     fields = {name: getattr(outputs, inner, None) for name, inner in plan.output_fields.items()}
     if plan.output_class is None or torch.compiler.is_compiling():
         return plan.output_class(loss=loss, logits=None, **fields)  # type: ignore[misc]
@@ -266,7 +266,7 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
     return lazy_output(plan.output_class, compute, dtype, loss=loss, **fields)
 
 
-def _loss(
+def loss_of_states(
     model: Any, plan: LossPlan, hidden: Tensor, targets: Tensor, ignored: int, arguments: dict[str, Any]
 ) -> tuple[Tensor, torch.dtype]:
     """The loss of states and targets, and the dtype of their logits."""

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from prefix_fast.backends.problem import Plan, make_plan
 from prefix_fast.functional import Segment, segment_attention
 from prefix_fast.models import families, hub, sites
-from prefix_fast.models.loss import LOSS_ARGUMENTS, LossPlan
+from prefix_fast.models.loss import LOSS_ARGUMENTS, LossPlan, loss_of_states
 from prefix_fast.models.masks import OwnMask
 from prefix_fast.models.seq2seq_loss import IGNORED, Seq2SeqPlan
 
@@ -200,16 +200,22 @@ def shared_forward(model: Any, state: Any, forward: Callable, arguments: dict[st
         "use_cache": False,
         hub.KEYWORD: SharedSourceContext(context, rows),
     }
-    if isinstance(state.plan, LossPlan):
-        hidden = _hidden_states(model, state.plan, given)[0][rows.predictors]
-        head: Callable[[Tensor], Tensor] = functools.partial(state.plan.logits, model)
-    else:
-        hidden, head = forward(model, **given, return_dict=True).logits[0][rows.predictors], _same
-    return _output(model, hidden, head, rows.ids[rows.source_tokens :], arguments)
+    plan = state.plan if isinstance(state.plan, LossPlan) else None
+    states = forward(model, **given, return_dict=True).logits if plan is None else _hidden_states(model, plan, given)
+    return _output(model, plan, states[0][rows.predictors], rows.ids[rows.source_tokens :], arguments)
 
 
-def _output(model: Any, hidden: Tensor, head: Callable, tokens: Tensor, arguments: dict[str, Any]) -> Any:
-    """Loss and log-probabilities of the target tokens from the states that predict them, [target tokens, ...]."""
+def _output(
+    model: Any, plan: LossPlan | None, hidden: Tensor, tokens: Tensor, arguments: dict[str, Any]
+) -> SharedSourceOutput:
+    """Loss and log-probabilities of the target tokens.
+
+    Args:
+        model: the patched model. plan: of its class.
+        hidden: [target tokens, hidden] the states that predict them; without a plan, the logits.
+        tokens: [target tokens].
+        arguments: the call's.
+    """
     labels, loss, logps = arguments.get("labels"), None, None
     given = {name: arguments[name] for name in LOSS_ARGUMENTS if name in arguments}
     if labels is not None:
@@ -217,16 +223,18 @@ def _output(model: Any, hidden: Tensor, head: Callable, tokens: Tensor, argument
     ignored = given.get("ignore_index", IGNORED)
     if arguments.get(PER_TOKEN):
         wanted = [tokens] if labels is None else [tokens, labels.masked_fill(labels == ignored, 0)]
+        head = _same if plan is None else functools.partial(plan.logits, model)
         logps, *of_labels = _log_probabilities(head, hidden, wanted)
         if labels is not None:
             labelled = labels != ignored
             items = given.get("num_items_in_batch", labelled.sum())
             loss = -of_labels[0].masked_fill(~labelled, 0).sum() / items
+    elif labels is not None and plan is not None:
+        loss, _ = loss_of_states(model, plan, hidden, labels, ignored, given)
     elif labels is not None:
-        labelled = labels != ignored
-        logits = head(hidden[labelled])
+        labelled, width = labels != ignored, hidden.shape[-1]
         loss = model.loss_function(
-            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=labels[labelled], **given
+            logits=hidden[labelled], labels=None, vocab_size=width, shift_labels=labels[labelled], **given
         )
     return SharedSourceOutput(loss=loss, per_token_logps=logps)
 
