@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, buffers: dict[str, Tensor]) -> Tensor:
-    """x · Wᵀ + bias, or x · W, through the library that is fastest here; PyTorch's own fills the same buffer each time."""
+    """x · Wᵀ + bias, or x · W, through the fastest library here; PyTorch's own fills the same buffer each time."""
     found = linears.frozen_linear(x, weight, bias, transposed)
     if found is not None:
         return found
