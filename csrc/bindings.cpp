@@ -312,7 +312,8 @@ void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle
     prefix_fast::backward(p, saved, g);
 }
 
-// The row losses of logits [N, V] are written, and, where they are wanted, the gradients in the logits' place.
+// The row losses of logits [N, V] are written, and, where they are wanted, the gradients in the logits'
+// place.
 void run_cross_entropy(py::handle logits, py::handle target, py::handle weight, py::handle loss,
                        int64_t ignored, float scale, float softcap, float smoothing, float z_loss,
                        bool gradient, int threads) {
@@ -320,8 +321,8 @@ void run_cross_entropy(py::handle logits, py::handle target, py::handle weight, 
     const auto* targets = reinterpret_cast<const int64_t*>(describe(target).data);
     const auto* weights = weight.is_none() ? nullptr : reinterpret_cast<const float*>(describe(weight).data);
     auto* losses = reinterpret_cast<float*>(describe(loss).data);
-    const CrossEntropy rows{x.data, float_type(x), x.size[0],  x.size[1], targets, weights,  losses,
-                            ignored, scale,        softcap,    smoothing, z_loss,  gradient, threads};
+    const CrossEntropy rows{x.data,  float_type(x), x.size[0], x.size[1], targets, weights,  losses,
+                            ignored, scale,         softcap,   smoothing, z_loss,  gradient, threads};
     py::gil_scoped_release unlocked;
     prefix_fast::cross_entropy(rows);
 }
