@@ -225,7 +225,7 @@ def test_label_outside_the_vocabulary():
     model, batch = patch(make_model("gpt2"), 3).train(), make_batch("none")
     labels = batch.labels.masked_fill(batch.labels == 7, 7)
     labels[0, -1] = 61
-    with pytest.raises(IndexError, match="out of bounds"):
+    with pytest.raises(ValueError, match="expected labels from 0 to 60, or -100 for none, got 61"):
         model(batch.input_ids, labels=labels)
 
 

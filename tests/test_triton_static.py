@@ -306,4 +306,5 @@ def test_every_kernel_has_an_entry(root: Path) -> None:
         for line in file.read_text(encoding="utf-8").splitlines()
         if line.startswith("def ") and (name := line[4:].split("(")[0]).endswith("_kernel")
     }
-    assert kernels == {entry.function for entry in ENTRIES}
+    # One program for each row and no matrix product: it has no tiles whose registers and loops the table could limit.
+    assert kernels - {"cross_entropy_kernel"} == {entry.function for entry in ENTRIES}
