@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.choice import Choice
-from prefix_fast.models import families, hub, saving, shared_sources, sites
+from prefix_fast.models import checkpointing, families, hub, saving, shared_sources, sites
 from prefix_fast.models.hub import States
 from prefix_fast.models.loss import LossPlan, can_fuse, fused_forward
 from prefix_fast.models.seq2seq_loss import Seq2SeqPlan, can_fuse_seq2seq, fused_seq2seq_forward
@@ -41,6 +41,7 @@ class HostState:
         parameters: the names of the forward's parameters, in order.
         requires_grad: of each parameter before it was frozen; None: nothing was frozen.
         plan: of the class's loss; None: it has another form than ours.
+        input_grads: whether `enable_input_require_grads` is in force, so that `unpatch` lets it be so.
         states, choice: keys and values per site that a running `generate` computed once, and which row reads which.
     """
 
@@ -53,6 +54,7 @@ class HostState:
     parameters: tuple[str, ...]
     requires_grad: dict[str, bool] | None = None
     plan: LossPlan | Seq2SeqPlan | None = None
+    input_grads: bool = False
     states: States | None = field(default=None, repr=False)
     choice: Choice | None = field(default=None, repr=False)
 
@@ -172,8 +174,25 @@ class HostMixin:
         self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
     ) -> None:
         if gradient_checkpointing_func is not None:
-            kwargs["gradient_checkpointing_func"] = non_reentrant(gradient_checkpointing_func, type(self).__name__)
+            checkpoint = checkpointing.non_reentrant(gradient_checkpointing_func, type(self).__name__)
+            kwargs["gradient_checkpointing_func"] = checkpoint
         super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
+
+    def enable_input_require_grads(self) -> None:
+        """Lets the embeddings require gradients only where a layer runs reentrant checkpointing, which needs it.
+
+        transformers and PEFT call this together with gradient checkpointing. Non-reentrant checkpointing, the only one
+        with which the prefix gets a gradient, finds it without, and nothing is computed below the first prefix.
+        """
+        if checkpointing.needs_input_grads(self):
+            super().enable_input_require_grads()  # type: ignore[misc]
+        else:
+            self.__dict__[STATE].input_grads = True
+
+    def disable_input_require_grads(self) -> None:
+        """As of the class."""
+        self.__dict__[STATE].input_grads = False
+        super().disable_input_require_grads()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._prefix_fast_class, _mixin_of(type(self))), self.__dict__
@@ -256,23 +275,6 @@ def once_per_generation(state: Any, compute: Callable[[], States]) -> Any:
         state.states = before
 
 
-def non_reentrant(checkpoint: Callable, name: str) -> Callable:
-    """The checkpointing function with use_reentrant=False.
-
-    Raises:
-        ValueError: reentrant checkpointing is asked for. It hides the layers' inputs that are no arguments from
-            autograd: the prefix would get no gradient.
-    """
-    if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-        raise ValueError(
-            f"{name}: expected gradient checkpointing with use_reentrant=False, got True, under which the prefix gets"
-            " no gradient; leave it out or pass False"
-        )
-    if "use_reentrant" in getattr(checkpoint, "keywords", {}):
-        return checkpoint
-    return functools.partial(checkpoint, use_reentrant=False)
-
-
 def _keep_rows_whole(arguments: dict[str, Any]) -> None:
     """Say that a row is one text: a traced model cannot look whether positions restart, and prepares for several."""
     if all(arguments.get(name) is None for name in ("attention_mask", "position_ids", "past_key_values")):
@@ -333,12 +335,18 @@ def step_in(model: Any, mixin: Any, state: Any, name: str = STATE) -> None:
     cls: Any = type(model)
     model.__dict__[name] = state
     model.__class__ = patched_class(cls, mixin)
+    if isinstance(state, HostState) and checkpointing.has_input_hooks(model):
+        model.disable_input_require_grads()
+        model.enable_input_require_grads()
 
 
 def step_out(model: Any, name: str = STATE) -> Any:
     """Give the model its own class back; returns the state it had."""
     model.__class__ = type(model)._prefix_fast_class
-    return model.__dict__.pop(name)
+    state = model.__dict__.pop(name)
+    if isinstance(state, HostState) and state.input_grads:
+        model.enable_input_require_grads()
+    return state
 
 
 def follow_encoder(model: Any, reads: bool) -> None:
