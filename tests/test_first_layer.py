@@ -1,4 +1,4 @@
-"""Nothing is differentiated below what needs a gradient: of the first layer the prefix alone, also when checkpointed."""
+"""Nothing is differentiated below what needs a gradient: of the first layer the prefix alone, checkpointed or not."""
 
 from typing import Any, NamedTuple
 
