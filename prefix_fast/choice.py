@@ -51,8 +51,12 @@ class Choice:
         """The choice of a batch in which every row stands `times` times in succession, as beams do."""
         if times == 1:
             return self
-        ids, lengths = (tensor.repeat_interleave(times, dim=0) for tensor in (self.ids, self.lengths))
-        return replace(self, ids=ids, lengths=lengths, plan=_plan(ids, len(self.sizes)))
+        return self.picked(torch.arange(self.ids.shape[0], device=self.ids.device).repeat_interleave(times))
+
+    def picked(self, rows: Tensor) -> Choice:
+        """The choice of these rows of the batch."""
+        ids = self.ids[rows]
+        return replace(self, ids=ids, lengths=self.lengths[rows], plan=_plan(ids, len(self.sizes)))
 
     def segment(self, keys: Tensor, values: Tensor) -> Segment:
         """One layer's keys and values [Hkv, total, D] as the operator reads them."""

@@ -25,6 +25,7 @@ def patch(
     backend: str = "auto",
     freeze: bool = True,
     fused_loss: bool = True,
+    padding_free: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> Any:
     """Give a model a prefix: keys and values in every layer that all tokens attend to, outside the key/value cache.
@@ -45,6 +46,10 @@ def patch(
         freeze: freeze the language model; `model.prefix` is then the only trainable module, and the only one saved.
         fused_loss: with labels in training mode, run head and loss on the labelled positions only; the output's
             `logits` are computed when first read (None under torch.compile).
+        padding_free: with the fused loss of a decoder-only model, leave out of the computation what is padding and
+            predicts no label (its logits are those of a zero hidden state); several texts in one row, as transformers'
+            DataCollatorWithFlattening makes them, are kept apart without a mask of all pairs. Where a layer's attention
+            does not allow it, padding is computed.
         compute_dtype: run every forward under autocast of this dtype, bfloat16 or float16. None: as called.
 
     Returns:
@@ -65,7 +70,7 @@ def patch(
             )
         if peft.is_patched(model):
             unpatch(model)
-        peft.patch_peft(model, backend, fused_loss, compute_dtype)
+        peft.patch_peft(model, backend, fused_loss, compute_dtype, padding_free)
         linears.step_in(model.base_model)
         return model
 
@@ -95,7 +100,14 @@ def patch(
         _restore_grad(model, was)
     frozen = _freeze(model) if freeze else None
     state = hosts.HostState.of(
-        model, backend, fused_loss, compute_dtype, positions=positions, plan=plan, requires_grad=frozen
+        model,
+        backend,
+        fused_loss,
+        compute_dtype,
+        packs=padding_free,
+        positions=positions,
+        plan=plan,
+        requires_grad=frozen,
     )
     if module is not None:
         module.to(model.device).train(model.training)

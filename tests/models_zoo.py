@@ -119,6 +119,11 @@ class Batch(NamedTuple):
         """As keywords of a forward."""
         return self._asdict()
 
+    def computed(self) -> Tensor:
+        """[B, T] the positions that a training call computes: attended to, or predicting a label."""
+        predicts = torch.nn.functional.pad(self.labels[:, 1:] != -100, (0, 1))
+        return self.attention_mask.bool() | predicts
+
 
 def make_batch(padding: str = "left", rows: int = 3, tokens: int = 9, seed: int = 0) -> Batch:
     """A batch with padding "left", "right" or "none"; padded positions and some others carry no label."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast.choice import Choice
-from prefix_fast.models import checkpointing, families, hub, saving, shared_sources, sites
+from prefix_fast.models import checkpointing, families, hub, packed, saving, shared_sources, sites
 from prefix_fast.models.hub import States
 from prefix_fast.models.loss import LossPlan, can_fuse, fused_forward
 from prefix_fast.models.seq2seq_loss import Seq2SeqPlan, can_fuse_seq2seq, fused_seq2seq_forward
@@ -39,6 +39,7 @@ class HostState:
         positions: how the model counts positions itself (see `families`).
         limit: the positions in its table, if it has one; an encoder-decoder's is checked where it is read.
         parameters: the names of the forward's parameters, in order.
+        packs: compute on packed rows where a call allows it; False once a layer's attention was not possible there.
         requires_grad: of each parameter before it was frozen; None: nothing was frozen.
         plan: of the class's loss; None: it has another form than ours.
         input_grads: whether `enable_input_require_grads` is in force, so that `unpatch` lets it be so.
@@ -52,6 +53,7 @@ class HostState:
     positions: str
     limit: int | None
     parameters: tuple[str, ...]
+    packs: bool = True
     requires_grad: dict[str, bool] | None = None
     plan: LossPlan | Seq2SeqPlan | None = None
     input_grads: bool = False
@@ -107,11 +109,19 @@ class HostMixin:
             _keep_rows_whole(arguments)
         arguments["position_ids"] = positions
         arguments[hub.KEYWORD] = context
-        plan = self._plan(arguments)
-        if not isinstance(plan, LossPlan) or not can_fuse(self, arguments):
-            plan = None
         with self._compute(positions.device.type):
-            return forward(self, **arguments) if plan is None else fused_forward(self, plan, arguments)
+            if state.packs:
+                try:
+                    return self._forward_tokens(forward, packed.flattened(arguments), True)
+                except packed.CannotPackError:
+                    state.packs = False
+            return self._forward_tokens(forward, arguments, False)
+
+    def _forward_tokens(self, forward: Callable, arguments: dict[str, Any], padding_free: bool) -> Any:
+        plan = self._plan(arguments)
+        if isinstance(plan, LossPlan) and can_fuse(self, arguments):
+            return fused_forward(self, plan, arguments, padding_free)
+        return forward(self, **arguments)
 
     def _forward_seq2seq(self, forward: Callable, arguments: dict[str, Any], context: hub.PrefixContext) -> Any:
         state: HostState = self.__dict__[STATE]

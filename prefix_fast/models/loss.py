@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prefix_fast.models import packed
 from prefix_fast.models.head import frozen_head
 from prefix_fast.models.outputs import lazy_output
 
@@ -228,13 +229,14 @@ def can_fuse(model: Any, arguments: dict[str, Any]) -> bool:
     return bool(return_dict) and isinstance(keep, int) and keep == 0 and model.loss_function is ForCausalLMLoss
 
 
-def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
+def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], padding_free: bool) -> Any:
     """The forward of a training call with labels.
 
     Args:
         model: the patched model.
         plan: of its class.
         arguments: the call's, by name, with the prefix and shifted positions.
+        padding_free: leave out positions that are padding and predict no label; their logits are those of zeros.
 
     Raises:
         ValueError: labels of another shape than the tokens.
@@ -244,15 +246,17 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
     rest.pop("return_dict", None)
     labels = rest.pop("labels")
     loss_arguments = {name: rest.pop(name) for name in LOSS_ARGUMENTS if name in rest}
-    given = {inner: rest.pop(outer, None) for inner, outer in plan.base_arguments.items()}
-    base = functools.reduce(getattr, plan.base, model)
-    outputs = base(**given, **(rest if plan.extra_arguments else {}))
-    hidden = outputs.last_hidden_state
-
     ignored = loss_arguments.get("ignore_index", -100)
     targets = loss_arguments.pop("shift_labels", None)
     if targets is None:
         targets = torch.nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:].contiguous()
+    rows = packed.padding_free(model, rest, targets, ignored) if padding_free else None
+    if rows is not None:
+        rest, targets = packed.packed_arguments(rest, rows), rows.pack(targets)
+    given = {inner: rest.pop(outer, None) for inner, outer in plan.base_arguments.items()}
+    base = functools.reduce(getattr, plan.base, model)
+    outputs = base(**given, **(rest if plan.extra_arguments else {}))
+    hidden = outputs.last_hidden_state
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{type(model).__name__}: expected labels {tuple(hidden.shape[:-1])}, one for each token, got"
@@ -262,8 +266,13 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any]) -> Any:
     fields = {name: getattr(outputs, inner, None) for name, inner in plan.output_fields.items()}
     if plan.output_class is None or torch.compiler.is_compiling():
         return plan.output_class(loss=loss, logits=None, **fields)  # type: ignore[misc]
-    compute = functools.partial(plan.logits, model, hidden)
-    return lazy_output(plan.output_class, compute, dtype, loss=loss, **fields)
+    if rows is not None and fields.get("past_key_values") is not None:
+        fields["past_key_values"] = packed.unpack_cache(fields["past_key_values"], rows)
+
+    def logits() -> Tensor:
+        return plan.logits(model, hidden if rows is None else rows.unpack(hidden))
+
+    return lazy_output(plan.output_class, logits, dtype, loss=loss, **fields)
 
 
 def loss_of_states(

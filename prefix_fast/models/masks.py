@@ -91,7 +91,7 @@ def _visible(request: dict[str, Any], dtype: torch.dtype, prefix_length: int) ->
     mask_function = request.get("mask_function", causal_mask_function)
     window = None
     if mask_function is not causal_mask_function and mask_function is not bidirectional_mask_function:
-        window = _plain_window(mask_function, request)
+        window = plain_window(mask_function, request)
         if window is None:
             allowed = sdpa_mask(**{**request, "allow_is_causal_skip": False})
             bias = torch.zeros((), dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
@@ -121,7 +121,7 @@ def _closure(function: Callable) -> dict[str, Any]:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
-def _plain_window(mask_function: Callable, request: dict[str, Any]) -> int | None:
+def plain_window(mask_function: Callable, request: dict[str, Any]) -> int | None:
     """The window of transformers' causal sliding-window mask; None for every other mask function.
 
     `sliding_window_causal_mask_function(w)` is `and_masks(sliding_window_overlay(w), causal_mask_function)`, a closure

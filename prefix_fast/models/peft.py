@@ -144,7 +144,9 @@ def prompt_states(model: Any) -> hub.States:
     return {"decoder": (keys.unsqueeze(1), values.unsqueeze(1))}
 
 
-def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.dtype | None) -> Any:
+def patch_peft(
+    model: Any, backend: str, fused_loss: bool, compute_dtype: torch.dtype | None, padding_free: bool
+) -> Any:
     """`patch` for a PeftModel.
 
     Raises:
@@ -175,7 +177,9 @@ def patch_peft(model: Any, backend: str, fused_loss: bool, compute_dtype: torch.
     selfcheck.vet_model(reader, backend, geometry.head_dim, compute_dtype, with_masters=False)
     positions = admission.admit(reader, offered)
     plan = seq2seq_plan(reader_class) if seq2seq else loss_plan(reader_class)
-    state = hosts.HostState.of(reader, backend, fused_loss, compute_dtype, positions=positions, plan=plan)
+    state = hosts.HostState.of(
+        reader, backend, fused_loss, compute_dtype, packs=padding_free, positions=positions, plan=plan
+    )
     hosts.step_in(reader, hosts.BorrowingHost, state)
     hosts.step_in(model, mixin, PeftState(backend), STATE)
     return model

@@ -23,10 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from prefix_fast.backends.problem import Plan, make_plan
-from prefix_fast.functional import Segment, segment_attention
-from prefix_fast.models import families, hub, sites
+from prefix_fast.functional import Segment
+from prefix_fast.models import families, hub, packed
 from prefix_fast.models.loss import LOSS_ARGUMENTS, LossPlan, loss_of_states
-from prefix_fast.models.masks import OwnMask
 from prefix_fast.models.seq2seq_loss import IGNORED, Seq2SeqPlan
 
 _ROWS = 1024  # whose logits are kept at a time, for log-probabilities
@@ -50,15 +49,13 @@ class SharedSourceOutput(ModelOutput):
     per_token_logps: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class PackedRows:
-    """N sources and then B targets, one token after another.
+@dataclass(frozen=True, kw_only=True)
+class SharedRows(packed.Rows):
+    """N sources and then B targets.
 
     Attributes:
         ids, positions: [total] tokens, and their positions without a prefix.
-        cu_seqlens: [N + B + 1] offsets of sources and targets.
         sources, source_tokens: N, and the tokens of all sources.
-        longest: at least the tokens of the longest source or target; longest_row: of both in succession.
         reads: [N + B] the source that each of them reads before its own tokens, -1 for the sources.
         plan: of `reads`, where the kernels take one.
         row_of_token: [total] in [0, N + B).
@@ -67,18 +64,15 @@ class PackedRows:
 
     ids: Tensor
     positions: Tensor
-    cu_seqlens: Tensor
     sources: int
     source_tokens: int
-    longest: int
-    longest_row: int
     reads: Tensor
     plan: Plan | None
     row_of_token: Tensor
     predictors: Tensor
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor]) -> PackedRows:
+    def of(cls, batch: Mapping[str, Tensor]) -> SharedRows:
         """The packed rows of a batch. Reads the number of tokens, on a GPU too."""
         source_mask, target_mask = batch["source_mask"].bool(), batch["target_mask"].bool()
         index = batch["source_index"].long()
@@ -96,80 +90,20 @@ class PackedRows:
         before = torch.cat([torch.zeros_like(ends[:sources]), ends[index] - 1])
         within = steps - (ends - lengths)[rows]
         reads = torch.cat([torch.full_like(index[:1], -1).expand(sources), index])
+        offsets = torch.nn.functional.pad(ends, (1, 0)).int()
         return cls(
-            ids, within + first[rows], torch.nn.functional.pad(ends, (1, 0)).int(), sources, source_tokens,
-            max(source_width, target_width), source_width + target_width, reads,
-            None if ids.device.type == "cpu" else make_plan(reads, sources), rows,
-            torch.where(within == 0, before[rows], steps - 1)[source_tokens:],
+            cu_seqlens_q=offsets, cu_seqlens_k=offsets, keys=ids.shape[0], longest=max(source_width, target_width),
+            reach=source_width + target_width, in_windows=False,
+            ids=ids, positions=within + first[rows], sources=sources, source_tokens=source_tokens, reads=reads,
+            plan=None if ids.device.type == "cpu" else make_plan(reads, sources), row_of_token=rows,
+            predictors=torch.where(within == 0, before[rows], steps - 1)[source_tokens:],
         )  # fmt: skip
 
-
-class SharedSourceContext:
-    """In the place of the `PrefixContext`, whose prefix all rows read first."""
-
-    def __init__(self, prefix: hub.PrefixContext, rows: PackedRows) -> None:
-        self.prefix = prefix
-        self.rows = rows
-
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        *,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **ignored: Any,
-    ) -> tuple[Tensor, None]:
-        """Attention of one layer, of packed rows [1, H, total, D]."""
-        rows = self.rows
-        self._check_mask(module, mask)
-        segments = self.prefix.segments(sites.site_of(module), query, key, mask)
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        source_key, source_value = key[: rows.source_tokens], value[: rows.source_tokens]
-        offsets = rows.cu_seqlens[: rows.sources + 1]
-        segments.append(Segment(source_key, source_value, ids=rows.reads, cu_seqlens=offsets, plan=rows.plan))
-        out = segment_attention(
-            query,
-            key,
-            value,
-            segments,
-            cu_seqlens_q=rows.cu_seqlens,
-            cu_seqlens_k=rows.cu_seqlens,
-            max_seqlen_q=rows.longest,
-            max_seqlen_k=rows.longest,
-            softcap=softcap,
-            sinks=s_aux,
-            dropout_p=dropout,
-            scale=scaling,
-            backend=self.prefix.backend,
-        )
-        return out.unsqueeze(0), None  # type: ignore[union-attr]
-
-    def _check_mask(self, module: Any, mask: Any) -> None:
-        """Raise unless every token sees all of its row before it."""
-        from transformers.masking_utils import causal_mask_function
-
-        request = mask.request if isinstance(mask, OwnMask) else {}
-        reach = request.get("local_size")
-        if reach is not None:
-            prefix = int(self.prefix.length) if self.prefix.in_window else 0
-            if self.rows.longest_row + prefix > reach:
-                raise NotImplementedError(
-                    f"shared sources: expected source and target within the {reach} tokens that {type(module).__name__}"
-                    f" looks back, got a row of up to {self.rows.longest_row + prefix}; pass them as ordinary rows"
-                )
-        elif request.get("mask_function", causal_mask_function) is not causal_mask_function or not getattr(
-            module, "is_causal", True
-        ):
-            raise NotImplementedError(
-                f"shared sources: expected causal attention, got {type(module).__name__}, in which a source would see"
-                " its target; pass ordinary rows"
-            )
+    def segments(self, key: Tensor, value: Tensor) -> list[Segment]:
+        """The sources, which targets read."""
+        of_sources = key[: self.source_tokens], value[: self.source_tokens]
+        offsets = self.cu_seqlens_k[: self.sources + 1]
+        return [Segment(*of_sources, ids=self.reads, cu_seqlens=offsets, plan=self.plan)]
 
 
 def shared_forward(model: Any, state: Any, forward: Callable, arguments: dict[str, Any], context: Any) -> Any:
@@ -188,7 +122,7 @@ def shared_forward(model: Any, state: Any, forward: Callable, arguments: dict[st
     _check_arguments(type(model).__name__, next(model.parameters()).device, arguments)
     if model.config.is_encoder_decoder:
         return _encoded_once(model, state, forward, arguments, context)
-    rows = PackedRows.of(arguments)
+    rows = SharedRows.of(arguments)
     context = context or _context(model, state, _of_sources(arguments), arguments.get("prefix_ids"))
     length = context.length
     positions = rows.positions + (length if isinstance(length, int) else length.squeeze(1)[rows.row_of_token])
@@ -198,7 +132,7 @@ def shared_forward(model: Any, state: Any, forward: Callable, arguments: dict[st
         "position_ids": positions.unsqueeze(0),
         "attention_mask": torch.ones_like(rows.ids).unsqueeze(0),  # or restarting positions would mean several texts
         "use_cache": False,
-        hub.KEYWORD: SharedSourceContext(context, rows),
+        hub.KEYWORD: packed.PackedContext(context, rows),
     }
     plan = state.plan if isinstance(state.plan, LossPlan) else None
     states = forward(model, **given, return_dict=True).logits if plan is None else _hidden_states(model, plan, given)

@@ -1,0 +1,288 @@
+"""Attention of rows whose tokens stand one after another, without padding, and batches that come so or are made so.
+
+    tokens      [1, total]   row after row; linear layers, norms and positions work token by token and see no rows
+    attention                of packed rows: queries and keys are cut by offsets (see `segment_attention`)
+
+Of a padded batch the positions that are attended to are computed, row after row, and behind them those that only
+predict a label (with left padding, the first label is predicted by padding): rows without own keys, which see the
+prefix alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_fast.functional import Segment, segment_attention
+from prefix_fast.models import hub, sites
+from prefix_fast.models.masks import OwnMask, plain_window
+
+# Arguments of a call with a value for each token, and others under which its tokens may be packed.
+_PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+_OTHERS = {"attention_mask", "use_cache", "output_attentions", hub.KEYWORD}
+# What transformers' DataCollatorWithFlattening says of its rows, beside their positions.
+_OFFSETS, _LENGTH = "cu_seq_lens_q", "max_length_q"
+_FLATTENED = {_OFFSETS, "cu_seq_lens_k", _LENGTH, "max_length_k", "seq_idx"}
+_MIXERS = (nn.Conv1d, nn.RNNBase)  # modules in which tokens see others without attention
+
+
+class CannotPackError(NotImplementedError):
+    """A layer's attention would not be the same among packed rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Packed rows, as a layer's attention reads them.
+
+    Attributes:
+        cu_seqlens_q, cu_seqlens_k: [rows + 1] offsets of the rows' queries and keys.
+        keys: how many tokens are keys, the first ones.
+        longest: at least the tokens of the longest row.
+        reach: at least the tokens from a row's first key, the prefix aside, to its last query.
+        in_windows: whether a window over own keys is the same as in padded rows.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    keys: int
+    longest: int
+    reach: int
+    in_windows: bool = True
+
+    def segments(self, key: Tensor, value: Tensor) -> list[Segment]:
+        """What rows read between the prefix and their own keys, from this layer's keys and values [keys, Hkv, D]."""
+        return []
+
+
+class PackedContext:
+    """In the place of the `PrefixContext`, whose prefix every row reads first."""
+
+    def __init__(self, prefix: hub.PrefixContext, rows: Rows) -> None:
+        self.prefix = prefix
+        self.rows = rows
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        *,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **ignored: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of one layer, of packed rows [1, H, total, D].
+
+        Raises:
+            CannotPackError: the layer's tokens see others than all of their row before them, or its last ones.
+        """
+        rows = self.rows
+        window = self._window(module, mask, position_bias)
+        segments = self.prefix.segments(sites.site_of(module), query, key, mask)
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        key, value = key[: rows.keys], value[: rows.keys]
+        out = segment_attention(
+            query,
+            key,
+            value,
+            [*segments, *rows.segments(key, value)],
+            cu_seqlens_q=rows.cu_seqlens_q,
+            cu_seqlens_k=rows.cu_seqlens_k,
+            max_seqlen_q=rows.longest,
+            max_seqlen_k=rows.longest,
+            window=window,
+            softcap=softcap,
+            sinks=s_aux,
+            dropout_p=dropout,
+            scale=scaling,
+            backend=self.prefix.backend,
+        )
+        return out.unsqueeze(0), None  # type: ignore[union-attr]
+
+    def _window(self, module: Any, mask: Any, position_bias: Tensor | None) -> int | None:
+        """The window of a layer in which every token sees all of its row before it, or its last ones."""
+        from transformers.masking_utils import causal_mask_function
+
+        name, request = type(module).__name__, mask.request if isinstance(mask, OwnMask) else {}
+        function, local = request.get("mask_function", causal_mask_function), request.get("local_size")
+        if local is not None:
+            reach = self.rows.reach + (int(self.prefix.length) if self.prefix.in_window else 0)
+            if reach <= local:
+                return None
+            if self.rows.in_windows and not self.prefix.in_window and plain_window(function, request) == local:
+                return local
+            raise CannotPackError(
+                f"packed rows: expected rows (source and target) within the {local} tokens that {name} looks back, got"
+                f" one of up to {reach}; pass them as ordinary rows"
+            )
+        plain = mask is None or isinstance(mask, OwnMask)
+        if not plain or position_bias is not None or function is not causal_mask_function or not _is_causal(module):
+            raise CannotPackError(
+                f"packed rows: expected causal attention, got {name}, in which a token sees others than those before"
+                " it; pass ordinary rows"
+            )
+        return None
+
+
+def _is_causal(module: Any) -> bool:
+    return getattr(module, "is_causal", True)
+
+
+def flattened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call whose one row is several texts, with a context that keeps them apart; else as they are.
+
+    Texts begin where the offsets say or, without them and a padding mask, where positions go back to the first one;
+    positions with other jumps are one text's. Positions are read from a GPU, offsets never.
+
+    Args:
+        arguments: the call's, by name, with its positions and context.
+
+    Raises:
+        ValueError: offsets that do not end with the row's tokens (looked at on the CPU).
+    """
+    positions = arguments["position_ids"]
+    offsets, longest = arguments.get(_OFFSETS), arguments.get(_LENGTH)
+    rows, tokens = _inputs(arguments).shape[:2]
+    if torch.compiler.is_compiling() or rows != 1 or arguments.get("past_key_values") is not None:
+        return arguments
+    if offsets is None:
+        if arguments.get("attention_mask") is not None:
+            return arguments
+        starts = (positions[0].diff() != 1).nonzero()[:, 0] + 1
+        if not starts.numel() or (positions[0][starts] != positions[0, 0]).any():
+            return arguments
+        offsets = torch.nn.functional.pad(starts, (1, 1))
+        offsets[-1] = tokens
+    if offsets.device.type == "cpu" and int(offsets[-1]) != tokens:
+        raise ValueError(
+            f"{_OFFSETS}: expected offsets up to the row's {tokens} tokens, got {int(offsets[-1])}; leave them out"
+            " where position_ids say where texts begin"
+        )
+    offsets, longest = offsets.int(), tokens if longest is None else int(longest)
+    texts = Rows(cu_seqlens_q=offsets, cu_seqlens_k=offsets, keys=tokens, longest=longest, reach=longest)
+    return {
+        **{name: value for name, value in arguments.items() if name not in _FLATTENED},
+        "attention_mask": torch.ones_like(positions),  # or transformers would ask for a mask of tokens × tokens
+        hub.KEYWORD: PackedContext(_for_rows(arguments[hub.KEYWORD], torch.zeros_like(offsets[1:])), texts),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedRows(Rows):
+    """The positions of a padded batch [B, T] that are computed.
+
+    Attributes:
+        index: [total] those positions of the batch, in one row.
+        shape: (B, T).
+    """
+
+    index: Tensor
+    shape: tuple[int, int]
+
+    def pack(self, values: Tensor) -> Tensor:
+        """[B, T, ...] → [1, total, ...]; [1, T, ...] stands for the same in every row."""
+        values = values.expand(self.shape[0], *values.shape[1:])
+        return values.flatten(0, 1)[self.index].unsqueeze(0)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """[1, total, ...] → [B, T, ...], with zeros where nothing was computed."""
+        whole = values.new_zeros((self.shape[0] * self.shape[1], *values.shape[2:]))
+        return whole.index_copy(0, self.index, values[0]).unflatten(0, self.shape)
+
+
+def padding_free(model: Any, arguments: dict[str, Any], targets: Tensor, ignored: int) -> PaddedRows | None:
+    """The positions that a training call has to compute; None: all of them, or its padding cannot be left out.
+
+    A GPU is waited for once.
+
+    Args:
+        model: the patched model. arguments: the call's, by name, without those of the loss.
+        targets: [B, T] the label that each position predicts, or `ignored`.
+    """
+    mask = arguments.get("attention_mask")
+    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != targets.shape:
+        return None
+    given = {name for name, value in arguments.items() if value is not None}
+    if mask.shape != _inputs(arguments).shape[:2] or not given <= _OTHERS.union(_PER_TOKEN):
+        return None
+    if not _can_pack(model, arguments.get("use_cache")):
+        return None
+    attended, predicts = mask.bool(), targets != ignored
+    alone = predicts & ~attended
+    # Within a row, everything attended to must be one run, with what only predicts before it.
+    seen = attended.cumsum(1)
+    ends = attended.sum(1, keepdim=True)
+    gaps = ~attended & (seen > 0) & (seen < ends)
+    late = alone & (seen > 0)
+    keys, alone_tokens, wrong = torch.stack([attended.sum(), alone.sum(), (gaps | late).sum()]).tolist()
+    if wrong or keys + alone_tokens == mask.numel():
+        return None
+    counts = [attended.sum(1), *([alone.sum(1)] if alone_tokens else [])]
+    key_counts = [counts[0], *(torch.zeros_like(count) for count in counts[1:])]
+    index = torch.cat([part.flatten().nonzero()[:, 0] for part in (attended, *([alone] if alone_tokens else []))])
+    batch, tokens = mask.shape
+    return PaddedRows(
+        cu_seqlens_q=_offsets(counts), cu_seqlens_k=_offsets(key_counts), keys=keys, longest=tokens, reach=tokens,
+        index=index, shape=(batch, tokens),
+    )  # fmt: skip
+
+
+def packed_arguments(arguments: dict[str, Any], rows: PaddedRows) -> dict[str, Any]:
+    """The arguments of the call on packed rows: tokens and what is given for each, and the context."""
+    packed = dict(arguments)
+    for name in _PER_TOKEN:
+        if packed.get(name) is not None:
+            packed[name] = rows.pack(packed[name])
+    packed["attention_mask"] = torch.ones_like(packed["position_ids"])  # or restarting positions mean several texts
+    batch = rows.shape[0]
+    readers = torch.arange(rows.cu_seqlens_q.numel() - 1, device=rows.index.device) % batch
+    packed[hub.KEYWORD] = PackedContext(_for_rows(packed[hub.KEYWORD], readers), rows)
+    return packed
+
+
+def unpack_cache(cache: Any, rows: PaddedRows) -> Any:
+    """The keys and values that a forward on packed rows has kept, as of the padded batch."""
+    for layer in getattr(cache, "layers", ()):
+        layer.keys, layer.values = (
+            rows.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (layer.keys, layer.values)
+        )
+    return cache
+
+
+def _can_pack(model: Any, use_cache: bool | None) -> bool:
+    """Whether the model's tokens meet in attention alone, each counts once, and what it returns can be unpacked."""
+    config = model.config
+    if getattr(config, "output_router_logits", False) or getattr(config, "output_hidden_states", False):
+        return False
+    kinds = {*(getattr(config, "layer_types", None) or ()), "full_attention"}
+    windows = kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None
+    if windows and (getattr(config, "use_cache", True) if use_cache is None else use_cache):
+        return False  # such a cache would keep the last of all packed tokens
+    return not any(isinstance(module, _MIXERS) for module in model.modules())
+
+
+def _inputs(arguments: dict[str, Any]) -> Tensor:
+    ids = arguments.get("input_ids")
+    return arguments["inputs_embeds"] if ids is None else ids
+
+
+def _for_rows(context: hub.PrefixContext, rows: Tensor) -> hub.PrefixContext:
+    """The context of packed rows, of which each reads the prefix of the row of the batch that it is part of."""
+    if context.choice is None:
+        return context
+    context = copy.copy(context)
+    context.choice = context.choice.picked(rows)  # type: ignore[union-attr]
+    return context
+
+
+def _offsets(counts: list[Tensor]) -> Tensor:
+    return torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
