@@ -11,7 +11,7 @@ from prefix_fast import dispatch, selfcheck
 from prefix_fast.bank import PrefixBank
 from prefix_fast.bank_files import holds_bank
 from prefix_fast.geometry import model_sites
-from prefix_fast.models import admission, families, hosts, hub, linears, sites
+from prefix_fast.models import admission, families, hosts, hub, last_layer, linears, sites
 from prefix_fast.models.bank import BankHost
 from prefix_fast.models.loss import loss_plan
 from prefix_fast.models.seq2seq_loss import seq2seq_plan
@@ -26,6 +26,7 @@ def patch(
     freeze: bool = True,
     fused_loss: bool = True,
     padding_free: bool = True,
+    trim_last_layer: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> Any:
     """Give a model a prefix: keys and values in every layer that all tokens attend to, outside the key/value cache.
@@ -50,6 +51,9 @@ def patch(
             predicts no label (its logits are those of a zero hidden state); several texts in one row, as transformers'
             DataCollatorWithFlattening makes them, are kept apart without a mask of all pairs. Where a layer's attention
             does not allow it, padding is computed.
+        trim_last_layer: with `padding_free`, compute in the last layer keys and values of all tokens, and the rest of
+            the tokens between a row's first and last label alone. Logits that are read then cost a second forward;
+            from the next call on the last layer computes everything.
         compute_dtype: run every forward under autocast of this dtype, bfloat16 or float16. None: as called.
 
     Returns:
@@ -70,8 +74,9 @@ def patch(
             )
         if peft.is_patched(model):
             unpatch(model)
-        peft.patch_peft(model, backend, fused_loss, compute_dtype, padding_free)
+        peft.patch_peft(model, backend, fused_loss, compute_dtype, padding_free, trim_last_layer)
         linears.step_in(model.base_model)
+        last_layer.step_in(model.base_model)
         return model
 
     admission.check_model(model)
@@ -105,6 +110,7 @@ def patch(
         fused_loss,
         compute_dtype,
         packs=padding_free,
+        trims=trim_last_layer,
         positions=positions,
         plan=plan,
         requires_grad=frozen,
@@ -120,6 +126,8 @@ def patch(
     if offered.is_encoder_decoder:
         hosts.follow_encoder(model, module is not None and "encoder" in module.sites)
     linears.step_in(model)
+    if not offered.is_encoder_decoder:
+        last_layer.step_in(model)
     return model
 
 

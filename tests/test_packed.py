@@ -4,7 +4,7 @@ import pytest
 import torch
 from models_zoo import FAMILIES, WITH_EXTRAS, assert_close, make_batch, make_model, make_peft, make_prefix, twin
 
-from prefix_fast import PrefixBank, PrefixConfig, patch
+from prefix_fast import PrefixBank, PrefixConfig, patch, unpatch
 from prefix_fast.models import packed
 from prefix_fast.models.loss import loss_plan
 
@@ -46,8 +46,11 @@ def both(model, prefix):
 def test_step_equals_the_one_that_computes_padding(family, padding, packings):
     model, batch = make_model(family), make_batch(padding)
     assert_same_step(*both(model, make_prefix(model, P)), batch, use_cache=False)
-    fused = loss_plan(type(make_model(family))) is not None  # GPT-OSS's loss has a term of its router
-    assert [rows is not None for rows in packings] == ([padding != "none"] if fused else [])
+    if loss_plan(type(make_model(family))) is None:  # GPT-OSS's loss has a term of its router
+        assert packings == []
+    else:
+        (rows,) = packings
+        assert rows.index.numel() == batch.computed().sum() and rows.last is not None
 
 
 @pytest.mark.parametrize("given", ["inputs_embeds", "position_ids", "token_type_ids"])
@@ -64,12 +67,76 @@ def test_whatever_is_given_for_each_token_is_packed(given, packings):
 
 
 def test_layers_see_computed_positions_alone():
-    model, batch, seen = patch(make_model("llama"), P), make_batch("left"), []
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:-1].numel()))
+    model, batch = patch(make_model("llama"), P), make_batch("left")
+    counts = tokens_of_each_layer(model)
     model.train()(**batch.arguments())
-    assert seen == [int(batch.computed().sum())] and seen[0] < batch.input_ids.numel()
+    assert counts == [int(batch.computed().sum()), needed(batch)]
+    assert needed(batch) < counts[0] < batch.input_ids.numel()
     model.eval()(**batch.arguments())
-    assert seen[1] == batch.input_ids.numel()
+    assert counts[2:] == [batch.input_ids.numel()] * 2
+
+
+def tokens_of_each_layer(model):
+    """How many tokens each MLP of a Llama has computed, call by call."""
+    counts = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: counts.append(args[0].shape[:-1].numel()))
+    return counts
+
+
+def needed(batch):
+    """The tokens between a row's first label and its last one."""
+    places = [row.nonzero()[:, 0] for row in batch.labels[:, 1:] != -100]
+    return sum(int(row[-1] - row[0]) + 1 for row in places if len(row))
+
+
+@pytest.mark.parametrize("labels", ["end", "middle", "two-runs", "one", "some-rows"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_last_layer_computes_what_labels_need(family, labels, packings):
+    model, batch = make_model(family), make_batch("right", tokens=12)
+    chosen = torch.full_like(batch.labels, -100)
+    parts = {
+        "end": [slice(6, 12)],
+        "middle": [slice(4, 6)],
+        "two-runs": [slice(1, 3), slice(6, 8)],
+        "one": [slice(3, 4)],
+    }
+    for part in parts.get(labels, [slice(5, 8)]):
+        chosen[:, part] = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)[:, part]
+    if labels == "some-rows":
+        chosen[1] = -100
+    changed = batch._replace(labels=chosen)
+    assert_same_step(*both(model, make_prefix(model, P)), changed, use_cache=False)
+    last = packings[0].last
+    assert len(last.needed) == needed(changed)
+    assert sorted([*last.needed.tolist(), *last.rest.tolist()]) == list(range(len(packings[0].index)))
+
+
+def test_last_layer_is_computed_whole_where_asked_for():
+    model, batch = patch(make_model("llama"), P, trim_last_layer=False).train(), make_batch("left")
+    counts = tokens_of_each_layer(model)
+    model(**batch.arguments())
+    assert counts == [int(batch.computed().sum())] * 2
+
+
+def test_reading_logits_computes_the_last_layer_from_then_on():
+    model, batch = patch(make_model("llama", attention_dropout=0.2), P).train(), make_batch("left")
+    counts, computed = tokens_of_each_layer(model), int(batch.computed().sum())
+    out = model(**batch.arguments())
+    generator = torch.get_rng_state()
+    logits = out.logits
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert counts == [computed, needed(batch), computed, computed]
+    assert logits is out.logits and (logits[batch.computed()] != 0).any(-1).all()
+    model(**batch.arguments())
+    assert counts[4:] == [computed] * 2
+
+
+def test_unpatched_last_layer_is_its_own_class_again():
+    model = make_model("gpt2")
+    own = type(model.transformer.h[-1])
+    assert type(patch(model, P).transformer.h[-1]) is not own
+    assert type(unpatch(model).transformer.h[-1]) is own
 
 
 def test_logits_of_left_out_positions_are_those_of_zeros():

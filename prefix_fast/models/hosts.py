@@ -40,6 +40,7 @@ class HostState:
         limit: the positions in its table, if it has one; an encoder-decoder's is checked where it is read.
         parameters: the names of the forward's parameters, in order.
         packs: compute on packed rows where a call allows it; False once a layer's attention was not possible there.
+        trims: leave out of the last layer what no label needs; False once something has read logits.
         requires_grad: of each parameter before it was frozen; None: nothing was frozen.
         plan: of the class's loss; None: it has another form than ours.
         input_grads: whether `enable_input_require_grads` is in force, so that `unpatch` lets it be so.
@@ -54,6 +55,7 @@ class HostState:
     limit: int | None
     parameters: tuple[str, ...]
     packs: bool = True
+    trims: bool = True
     requires_grad: dict[str, bool] | None = None
     plan: LossPlan | Seq2SeqPlan | None = None
     input_grads: bool = False
@@ -112,15 +114,16 @@ class HostMixin:
         with self._compute(positions.device.type):
             if state.packs:
                 try:
-                    return self._forward_tokens(forward, packed.flattened(arguments), True)
+                    return self._forward_tokens(forward, packed.flattened(arguments))
                 except packed.CannotPackError:
                     state.packs = False
-            return self._forward_tokens(forward, arguments, False)
+            return self._forward_tokens(forward, arguments)
 
-    def _forward_tokens(self, forward: Callable, arguments: dict[str, Any], padding_free: bool) -> Any:
+    def _forward_tokens(self, forward: Callable, arguments: dict[str, Any]) -> Any:
+        state: HostState = self.__dict__[STATE]
         plan = self._plan(arguments)
         if isinstance(plan, LossPlan) and can_fuse(self, arguments):
-            return fused_forward(self, plan, arguments, padding_free)
+            return fused_forward(self, plan, arguments, state)
         return forward(self, **arguments)
 
     def _forward_seq2seq(self, forward: Callable, arguments: dict[str, Any], context: hub.PrefixContext) -> Any:

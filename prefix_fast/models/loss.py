@@ -13,6 +13,7 @@ new model is slow at worst.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
 import textwrap
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from prefix_fast.models import packed
 from prefix_fast.models.head import frozen_head
-from prefix_fast.models.outputs import lazy_output
+from prefix_fast.models.outputs import Draws, lazy_output
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
@@ -229,14 +230,14 @@ def can_fuse(model: Any, arguments: dict[str, Any]) -> bool:
     return bool(return_dict) and isinstance(keep, int) and keep == 0 and model.loss_function is ForCausalLMLoss
 
 
-def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], padding_free: bool) -> Any:
+def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], state: Any) -> Any:
     """The forward of a training call with labels.
 
     Args:
         model: the patched model.
         plan: of its class.
         arguments: the call's, by name, with the prefix and shifted positions.
-        padding_free: leave out positions that are padding and predict no label; their logits are those of zeros.
+        state: the model's `HostState`, which says whether it computes on packed rows.
 
     Raises:
         ValueError: labels of another shape than the tokens.
@@ -250,12 +251,11 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], padding
     targets = loss_arguments.pop("shift_labels", None)
     if targets is None:
         targets = torch.nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:].contiguous()
-    rows = packed.padding_free(model, rest, targets, ignored) if padding_free else None
+    rows = packed.padding_free(model, rest, targets, ignored, state.trims) if state.packs else None
     if rows is not None:
-        rest, targets = packed.packed_arguments(rest, rows), rows.pack(targets)
-    given = {inner: rest.pop(outer, None) for inner, outer in plan.base_arguments.items()}
-    base = functools.reduce(getattr, plan.base, model)
-    outputs = base(**given, **(rest if plan.extra_arguments else {}))
+        targets = rows.pack(targets)
+    draws = None if rows is None or rows.last is None else Draws(targets.device)
+    outputs = _run_base(model, plan, rest, rows)
     hidden = outputs.last_hidden_state
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -270,9 +270,24 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], padding
         fields["past_key_values"] = packed.unpack_cache(fields["past_key_values"], rows)
 
     def logits() -> Tensor:
-        return plan.logits(model, hidden if rows is None else rows.unpack(hidden))
+        if rows is None:
+            return plan.logits(model, hidden)
+        if draws is None:
+            return plan.logits(model, rows.unpack(hidden))
+        state.trims = False  # who reads them once reads them in every step
+        whole = dataclasses.replace(rows, last=None)
+        with draws.again():
+            return plan.logits(model, whole.unpack(_run_base(model, plan, rest, whole).last_hidden_state))
 
     return lazy_output(plan.output_class, logits, dtype, loss=loss, **fields)
+
+
+def _run_base(model: Any, plan: LossPlan, arguments: dict[str, Any], rows: packed.PaddedRows | None) -> Any:
+    """The base's output, of the whole batch or of packed rows of it."""
+    rest = dict(arguments) if rows is None else packed.packed_arguments(arguments, rows)
+    given = {inner: rest.pop(outer, None) for inner, outer in plan.base_arguments.items()}
+    base = functools.reduce(getattr, plan.base, model)
+    return base(**given, **(rest if plan.extra_arguments else {}))
 
 
 def loss_of_states(

@@ -7,7 +7,8 @@ accelerate rebuilds every output of a mixed-precision step from its items, with 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,28 @@ class DeferredLogits:
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, cls) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class Draws:
+    """PyTorch's random numbers from now on, to be drawn once more.
+
+    Args:
+        device: on which, beside the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._devices = [] if device.type == "cpu" else [device]
+        self._states = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw them; afterwards the generators stand where they stood before."""
+        kind = self._devices[0].type if self._devices else "cuda"
+        with torch.random.fork_rng(self._devices, device_type=kind):
+            torch.set_rng_state(self._states[0])
+            for device, state in zip(self._devices, self._states[1:], strict=True):
+                torch.get_device_module(device).set_rng_state(state, device)
+            yield
 
 
 def _operator(name: str) -> Callable:

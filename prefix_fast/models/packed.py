@@ -11,7 +11,7 @@ prefix alone.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ _OTHERS = {"attention_mask", "use_cache", "output_attentions", hub.KEYWORD}
 # What transformers' DataCollatorWithFlattening says of its rows, beside their positions.
 _OFFSETS, _LENGTH = "cu_seq_lens_q", "max_length_q"
 _FLATTENED = {_OFFSETS, "cu_seq_lens_k", _LENGTH, "max_length_k", "seq_idx"}
+_LEAST_REST = 1 / 16  # of the tokens: leaving fewer out of the last layer saves no time
 _MIXERS = (nn.Conv1d, nn.RNNBase)  # modules in which tokens see others without attention
 
 
@@ -44,6 +45,7 @@ class Rows:
         longest: at least the tokens of the longest row.
         reach: at least the tokens from a row's first key, the prefix aside, to its last query.
         in_windows: whether a window over own keys is the same as in padded rows.
+        query_offset: [rows] the place of a row's first query among its keys; None: its queries are the last.
     """
 
     cu_seqlens_q: Tensor
@@ -52,6 +54,7 @@ class Rows:
     longest: int
     reach: int
     in_windows: bool = True
+    query_offset: Tensor | None = None
 
     def segments(self, key: Tensor, value: Tensor) -> list[Segment]:
         """What rows read between the prefix and their own keys, from this layer's keys and values [keys, Hkv, D]."""
@@ -99,6 +102,7 @@ class PackedContext:
             cu_seqlens_k=rows.cu_seqlens_k,
             max_seqlen_q=rows.longest,
             max_seqlen_k=rows.longest,
+            query_offset=rows.query_offset,
             window=window,
             softcap=softcap,
             sinks=s_aux,
@@ -176,6 +180,34 @@ def flattened(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class LastTokens:
+    """The tokens between a row's first and its last predicted label: the last layer computes no others.
+
+    Attributes:
+        needed, rest: their places among the packed tokens, and those of the others, in order.
+        order: [total] the place of each packed token in `needed` followed by `rest`.
+        rows: of the needed tokens as queries, and all tokens as keys.
+    """
+
+    needed: Tensor
+    rest: Tensor
+    order: Tensor
+    rows: Rows
+
+    def joined(self, needed: Tensor, rest: Tensor) -> Tensor:
+        """[1, Hkv, ..., D] of both, in the order of the packed tokens."""
+        tokens = torch.cat([needed[0].transpose(0, 1), rest[0].transpose(0, 1)])
+        return tokens.index_select(0, self.order).transpose(0, 1).unsqueeze(0)
+
+    def spread(self, states: Any) -> Any:
+        """[1, needed, ...] → [1, total, ...], with zeros for the rest; anything else as it is."""
+        if not isinstance(states, Tensor) or states.shape[:2] != (1, len(self.needed)):
+            return states
+        whole = states.new_zeros((1, len(self.order), *states.shape[2:]))
+        return whole.index_copy(1, self.needed, states)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PaddedRows(Rows):
     """The positions of a padded batch [B, T] that are computed.
@@ -183,10 +215,12 @@ class PaddedRows(Rows):
     Attributes:
         index: [total] those positions of the batch, in one row.
         shape: (B, T).
+        last: the tokens that the last layer has to compute; None: all of them.
     """
 
     index: Tensor
     shape: tuple[int, int]
+    last: LastTokens | None = None
 
     def pack(self, values: Tensor) -> Tensor:
         """[B, T, ...] → [1, total, ...]; [1, T, ...] stands for the same in every row."""
@@ -199,41 +233,64 @@ class PaddedRows(Rows):
         return whole.index_copy(0, self.index, values[0]).unflatten(0, self.shape)
 
 
-def padding_free(model: Any, arguments: dict[str, Any], targets: Tensor, ignored: int) -> PaddedRows | None:
-    """The positions that a training call has to compute; None: all of them, or its padding cannot be left out.
+def padding_free(model: Any, arguments: dict[str, Any], targets: Tensor, ignored: int, trim: bool) -> PaddedRows | None:
+    """The positions that a training call has to compute; None: all of them, or they cannot be told apart.
 
-    A GPU is waited for once.
+    A GPU is waited for.
 
     Args:
         model: the patched model. arguments: the call's, by name, without those of the loss.
         targets: [B, T] the label that each position predicts, or `ignored`.
+        trim: also leave out what the last layer does not have to compute.
     """
-    mask = arguments.get("attention_mask")
-    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != targets.shape:
-        return None
+    inputs, mask = _inputs(arguments), arguments.get("attention_mask")
     given = {name for name, value in arguments.items() if value is not None}
-    if mask.shape != _inputs(arguments).shape[:2] or not given <= _OTHERS.union(_PER_TOKEN):
+    if torch.compiler.is_compiling() or inputs.shape[:2] != targets.shape or not given <= _OTHERS.union(_PER_TOKEN):
         return None
-    if not _can_pack(model, arguments.get("use_cache")):
+    if mask is None:
+        mask = torch.ones_like(targets)
+    if not isinstance(mask, Tensor) or mask.shape != targets.shape or not _can_pack(model, arguments.get("use_cache")):
         return None
     attended, predicts = mask.bool(), targets != ignored
     alone = predicts & ~attended
     # Within a row, everything attended to must be one run, with what only predicts before it.
     seen = attended.cumsum(1)
-    ends = attended.sum(1, keepdim=True)
-    gaps = ~attended & (seen > 0) & (seen < ends)
-    late = alone & (seen > 0)
-    keys, alone_tokens, wrong = torch.stack([attended.sum(), alone.sum(), (gaps | late).sum()]).tolist()
-    if wrong or keys + alone_tokens == mask.numel():
+    misplaced = (alone & (seen > 0)) | (~attended & (seen > 0) & (seen < seen[:, -1:]))
+    keys, alone_tokens, wrong = torch.stack([attended.sum(), alone.sum(), misplaced.sum()]).tolist()
+    if wrong:
         return None
-    counts = [attended.sum(1), *([alone.sum(1)] if alone_tokens else [])]
-    key_counts = [counts[0], *(torch.zeros_like(count) for count in counts[1:])]
-    index = torch.cat([part.flatten().nonzero()[:, 0] for part in (attended, *([alone] if alone_tokens else []))])
-    batch, tokens = mask.shape
-    return PaddedRows(
-        cu_seqlens_q=_offsets(counts), cu_seqlens_k=_offsets(key_counts), keys=keys, longest=tokens, reach=tokens,
+    parts = [attended, alone] if alone_tokens else [attended]
+    index = torch.cat([part.flatten().nonzero()[:, 0] for part in parts])
+    key_offsets = _offsets([attended, torch.zeros_like(alone)][: len(parts)])
+    batch, tokens = targets.shape
+    rows = PaddedRows(
+        cu_seqlens_q=_offsets(parts), cu_seqlens_k=key_offsets, keys=keys, longest=tokens, reach=tokens,
         index=index, shape=(batch, tokens),
     )  # fmt: skip
+    last = _last_tokens(rows, attended, predicts & attended, alone) if trim else None
+    if last is None and len(index) == targets.numel():
+        return None
+    return replace(rows, last=last)
+
+
+def _last_tokens(rows: PaddedRows, attended: Tensor, predicts: Tensor, alone: Tensor) -> LastTokens | None:
+    """What the last layer computes, given masks [B, T]; None: nearly everything, or no label."""
+    begun = predicts.cumsum(1)
+    between = attended & (begun > 0) & ((begun < begun[:, -1:]) | predicts)
+    chosen = (between | alone).flatten()[rows.index]
+    needed, rest = chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
+    if not len(needed) or len(rest) < _LEAST_REST * len(chosen):
+        return None
+    places = torch.cat([needed, rest])
+    order = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
+    count = len(rows.cu_seqlens_k) - 1  # twice the batch's rows where some tokens only predict
+    queries = _offsets([between, alone][: count // len(between)])
+    first = torch.nn.functional.pad((attended & (begun == 0)).sum(1), (0, count - len(between)))
+    of_queries = Rows(
+        cu_seqlens_q=queries, cu_seqlens_k=rows.cu_seqlens_k, keys=rows.keys, longest=rows.longest, reach=rows.reach,
+        query_offset=first,
+    )  # fmt: skip
+    return LastTokens(needed, rest, order, of_queries)
 
 
 def packed_arguments(arguments: dict[str, Any], rows: PaddedRows) -> dict[str, Any]:
@@ -284,5 +341,6 @@ def _for_rows(context: hub.PrefixContext, rows: Tensor) -> hub.PrefixContext:
     return context
 
 
-def _offsets(counts: list[Tensor]) -> Tensor:
-    return torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
+def _offsets(masks: list[Tensor]) -> Tensor:
+    """[rows + 1] of the tokens in the rows of several masks [B, T]."""
+    return torch.nn.functional.pad(torch.cat([mask.sum(1) for mask in masks]).cumsum(0), (1, 0)).int()

@@ -145,7 +145,12 @@ def prompt_states(model: Any) -> hub.States:
 
 
 def patch_peft(
-    model: Any, backend: str, fused_loss: bool, compute_dtype: torch.dtype | None, padding_free: bool
+    model: Any,
+    backend: str,
+    fused_loss: bool,
+    compute_dtype: torch.dtype | None,
+    padding_free: bool,
+    trim_last_layer: bool,
 ) -> Any:
     """`patch` for a PeftModel.
 
@@ -178,7 +183,14 @@ def patch_peft(
     positions = admission.admit(reader, offered)
     plan = seq2seq_plan(reader_class) if seq2seq else loss_plan(reader_class)
     state = hosts.HostState.of(
-        reader, backend, fused_loss, compute_dtype, packs=padding_free, positions=positions, plan=plan
+        reader,
+        backend,
+        fused_loss,
+        compute_dtype,
+        packs=padding_free,
+        trims=trim_last_layer,
+        positions=positions,
+        plan=plan,
     )
     hosts.step_in(reader, hosts.BorrowingHost, state)
     hosts.step_in(model, mixin, PeftState(backend), STATE)
