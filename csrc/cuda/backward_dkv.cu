@@ -1,0 +1,332 @@
+// Gradients of keys and values, segment-major: a block of keys stays, the queries of all its readers pass by.
+//
+//     p_ij = e^{s_ij - lse_i}     dv_j = Σ_i p_ij do_i     ds_ij = p_ij (do_i·v_j - δ_i)     dk_j = scale Σ_i
+//     ds_ij q_i
+//
+// The sum over i runs over all rows that read the segment, the heads of the group and their queries: one
+// product with the reduction dimension rows × group × Tq, accumulated in float32 registers. Products are
+// computed with keys as rows (k·qᵀ, v·doᵀ), so that p and ds are left operands as they lie. Own tokens are
+// segments with one reader and a causal edge. Long reader lists are split over blocks that write float32
+// parts, which `add_parts` adds in a fixed order: no atomics, the same bits every time.
+#include "kernels.cuh"
+#include "key_major.cuh"
+#include "launch.cuh"
+
+namespace prefix_fast::cuda {
+
+// Each of kWarps warps has 16 keys; kQueries queries are in a tile, kStages tiles in shared memory. A head
+// dim whose two sums have no room in registers takes two launches: kBoth is false.
+template <typename T_, int kD, int kWarps_, int kQueries_, bool kBoth_ = true>
+struct DkvShape {
+    using T = T_;
+    using S = Storage<T>;
+    static constexpr int D = kD, kWarps = kWarps_, kQueries = kQueries_, kStages = 2;
+    static constexpr bool kBoth = kBoth_;
+    static constexpr int kThreads = kWarps * kWarp, kKeys = 16 * kWarps;
+    static constexpr bool kInRegisters = kIsHalf<T> && D <= 96;  // the keys and values
+    static constexpr int kTileElements = kQueries * kPitch<T, D>;
+    static constexpr int kPipelineBytes = 2 * kStages * kTileElements * int{sizeof(S)};
+    static constexpr int kLevelBytes = 2 * kStages * kQueries * int{sizeof(float)};
+    static constexpr int kKeyBytes = kInRegisters ? 0 : kKeys * kPitch<T, D> * int{sizeof(S)};
+    static constexpr int kSharedBytes = kPipelineBytes + 2 * kKeyBytes + kLevelBytes;
+    using Keys = std::conditional_t<kInRegisters, RegisterRows<T, 1, D>, SharedRows<T, D>>;
+
+    __device__ static int first_row() { return warp() * 16; }
+};
+template <typename T, int D>
+struct DkvShapeOf;
+template <typename T>
+struct DkvShapeOf<T, 64> : DkvShape<T, 64, 4, kIsHalf<T> ? 64 : 32> {};
+template <typename T>
+struct DkvShapeOf<T, 80> : DkvShape<T, 80, 4, kIsHalf<T> ? 32 : 16> {};
+template <typename T>
+struct DkvShapeOf<T, 96> : DkvShape<T, 96, 4, kIsHalf<T> ? 32 : 16> {};
+template <typename T>
+struct DkvShapeOf<T, 128> : DkvShape<T, 128, kIsHalf<T> ? 4 : 2, kIsHalf<T> ? 32 : 16> {};
+template <typename T>
+struct DkvShapeOf<T, 256> : DkvShape<T, 256, 2, kIsHalf<T> ? 16 : 8, false> {};
+
+// No query outside [low, high) sees a key of the block, and every query of [full_low, full_high) sees all of
+// them. All but `high` are multiples of `block`.
+__device__ inline KeyBounds query_bounds(int first_key, int last_key, int begin, int offset, int count,
+                                         int window, bool causal, bool sliding, int block) {
+    KeyBounds bounds{0, 0, count / block * block, count};
+    if (causal) {
+        bounds.low = maximum(first_key - offset, 0) / block * block;
+        bounds.full_low = ceil_div(maximum(last_key - offset, 0), block) * block;
+    }
+    if (sliding) {
+        bounds.high = minimum(count, maximum(begin + last_key + window - offset, 0));
+        bounds.full_high = minimum(count, maximum(begin + first_key + window - offset, 0)) / block * block;
+    }
+    return bounds;
+}
+
+// A row and head whose queries pass by: where they and what belongs to them begin.
+struct Reader {
+    ReaderPosition position;
+    const char *query, *grad;  // at query 0
+    const float *levels, *deltas;
+    int count;
+};
+
+template <typename Shape>
+__device__ inline void load_query_tile(const Call& call, const Saved& saved, const Reader& reader, int start,
+                                       int stage) {
+    using T = typename Shape::T;
+    using S = typename Shape::S;
+    auto* tile = reinterpret_cast<S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
+    load_keys<T, Shape::kQueries, Shape::D, Shape::kThreads>(
+        tile, reader.query, call.query.token, start, reader.count, KeyMask{nullptr, 0}, call.head_dim, false);
+    load_keys<T, Shape::kQueries, Shape::D, Shape::kThreads>(tile + Shape::kTileElements, reader.grad,
+                                                             saved.grad_out.token, start, reader.count,
+                                                             KeyMask{nullptr, 0}, call.head_dim, false);
+    auto* levels = reinterpret_cast<float*>(dynamic_shared + Shape::kSharedBytes - Shape::kLevelBytes) +
+                   2 * stage * Shape::kQueries;
+    for (int i = threadIdx.x; i < 2 * Shape::kQueries; i += Shape::kThreads) {
+        const bool is_delta = i >= Shape::kQueries;
+        const float* from = is_delta ? reader.deltas + i - Shape::kQueries : reader.levels + i;
+        cp_async_4(levels + i, from + start, true);
+    }
+}
+
+// Adds the queries of a list, a tile at a time as `walk` does with keys.
+template <typename Shape, bool kOptions, bool kKey, bool kValue>
+__device__ inline void gather(const Call& call, const Saved& saved, const Reader& reader,
+                              const TileList<Shape::kQueries>& list, const KeyBlock& block,
+                              const typename Shape::Keys& keys, const typename Shape::Keys& values,
+                              float (&dk)[1][kKey ? Shape::D / 8 : 1][4],
+                              float (&dv)[1][kValue ? Shape::D / 8 : 1][4]) {
+    using T = typename Shape::T;
+    using S = typename Shape::S;
+    constexpr int kStages = Shape::kStages, N = Shape::kQueries / 8, D = Shape::D;
+    const auto* buffers = reinterpret_cast<const S*>(dynamic_shared);
+    const auto* levels =
+        reinterpret_cast<const float*>(dynamic_shared + Shape::kSharedBytes - Shape::kLevelBytes);
+    const int count = list.count();
+    __syncthreads();
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+        if (stage < count) load_query_tile<Shape>(call, saved, reader, list.start(stage), stage);
+        cp_async_commit();
+    }
+    int stage = 0;
+    const auto step = [&](int index, auto edge) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        const int next = index + kStages - 1;
+        if (next < count) {
+            load_query_tile<Shape>(call, saved, reader, list.start(next),
+                                   stage == 0 ? kStages - 1 : stage - 1);
+        }
+        cp_async_commit();
+        const S* queries = buffers + 2 * stage * Shape::kTileElements;
+        const float* level = levels + 2 * stage * Shape::kQueries;
+        const QueryColumns columns{list.start(index), level, level + Shape::kQueries};
+        float weights[N][4];
+        ScoreParts<N, kOptions> parts;
+        key_weights<Shape, kOptions, decltype(edge)::value>(call, reader.position, block, columns, keys,
+                                                            queries, weights, parts);
+        if constexpr (kValue) {
+            float kept[1][N][4];
+            kept_weights(call, weights, parts, kept[0]);
+            if (block.want_value) multiply_weights<T, 1, N, D>(dv, kept, queries + Shape::kTileElements);
+        }
+        if constexpr (kKey) {
+            if (block.want_key) {
+                float dp[N][4], ds[1][N][4];
+                fill_zero_tile(dp);
+                multiply_rows_of<T, N, D>(dp, values, queries + Shape::kTileElements);
+                score_gradients(call, weights, dp, columns, parts, ds[0]);
+                multiply_weights<T, 1, N, D>(dk, ds, queries);
+            }
+        }
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+    };
+#pragma unroll 1
+    for (int index = 0; index < list.full; ++index) step(index, std::false_type{});
+#pragma unroll 1
+    for (int index = list.full; index < count; ++index) step(index, std::true_type{});
+    cp_async_wait<0>();
+}
+
+// Stores a block of gradients, or a part of it: exact zeros where no key is valid.
+template <typename T, int D>
+__device__ inline void store_gradients(const Call& call, const KeyBlock& block, const Tokens& target,
+                                       float* parts, int64_t part_offset, int64_t unit, int kv_head,
+                                       bool is_float32, const float (&sums)[1][D / 8][4], float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int key = block.first + warp() * 16 + 8 * half + lane_row();
+        if (key >= block.size) continue;
+        const bool present = key < block.valid && !block.mask.hides(key);
+        const int64_t place = unit * target.unit + kv_head * target.head + (block.token + key) * target.token;
+        const float scale = present ? factor : 0;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            if (8 * n >= call.head_dim) break;
+            const float first = present ? sums[0][n][2 * half] * scale : 0;
+            const float second = present ? sums[0][n][2 * half + 1] * scale : 0;
+            const int column = 8 * n + lane_column();
+            if (parts != nullptr) {
+                store_pair<float>(reinterpret_cast<char*>(parts + part_offset + place), column, first,
+                                  second);
+            } else if (is_float32) {
+                store_pair<float>(static_cast<char*>(target.data) + place * 4, column, first, second);
+            } else {
+                store_pair<T>(static_cast<char*>(target.data) + place * int{sizeof(Storage<T>)}, column,
+                              first, second);
+            }
+        }
+    }
+}
+
+// Grid: (key tiles of all segments × splits of the readers × splits of their queries, Hkv), for one set.
+template <typename Shape, bool kOptions, bool kKey, bool kValue>
+__global__ void __launch_bounds__(Shape::kThreads)
+    dkv_kernel(const __grid_constant__ Call call, const __grid_constant__ Saved saved,
+               const __grid_constant__ KeyGradients grads) {
+    using T = typename Shape::T;
+    using S = typename Shape::S;
+    constexpr int D = Shape::D;
+    const SegmentSet& set = call.sets[grads.set];
+    const bool own = grads.set == call.num_sets;
+    const int group = call.heads / call.kv_heads, kv_head = blockIdx.y;
+    const int part = blockIdx.x / grads.tiles, index = blockIdx.x % grads.tiles;
+    const int split = part % grads.splits, query_split = part / grads.splits;
+    int unit, tile;
+    if (set.cu_seqlens.data == nullptr) {
+        const int blocks = ceil_div(set.size, Shape::kKeys);
+        unit = index / blocks, tile = index % blocks;
+    } else {
+        packed_tile(index, set.cu_seqlens, set.count, 1, Shape::kKeys, &unit, &tile);
+    }
+    const Span span = span_of(unit, set.cu_seqlens, set.size);
+    KeyBlock block;
+    block.set = grads.set;
+    block.first = tile * Shape::kKeys;
+    if (block.first >= span.count) return;
+    block.size = span.count;
+    block.valid = valid_span_of(set, unit).count;
+    block.token = span.first;
+    block.mask = {own && call.key_mask != nullptr ? call.key_mask + unit * call.mask_unit : nullptr,
+                  call.mask_token};
+    block.causal = own && call.causal;
+    block.slides = slides(call, grads.set);
+    block.want_key = grads.key.data != nullptr || grads.key_parts != nullptr;
+    block.want_value = grads.value.data != nullptr || grads.value_parts != nullptr;
+
+    typename Shape::Keys keys, values;
+    load_block<Shape>(call, set, block, unit, kv_head, keys, values);
+    int first_reader = own ? unit : 0, readers = own ? 1 : call.rows;
+    if (!own && set.ids.data != nullptr) {
+        first_reader = set.starts[unit];
+        readers = set.starts[unit + 1] - first_reader;
+    }
+    const int pairs = block.first < block.valid ? readers * group : 0;
+    const int share = ceil_div(pairs, grads.splits);
+    const int chunk =
+        ceil_div(ceil_div(call.max_queries, Shape::kQueries), grads.query_splits) * Shape::kQueries;
+    const int last_key = minimum(block.first + Shape::kKeys, block.valid) - 1;
+
+    float dk[1][kKey ? D / 8 : 1][4], dv[1][kValue ? D / 8 : 1][4];
+    fill_zero(dk);
+    fill_zero(dv);
+#pragma unroll 1
+    for (int pair = split * share; pair < minimum(split * share + share, pairs); ++pair) {
+        int row = first_reader + pair / group;
+        if (!own && set.ids.data != nullptr) row = set.order[row];
+        Reader reader;
+        const int head = kv_head * group + pair % group;
+        const Span queries = span_of(row, call.cu_seqlens_q, call.max_queries);
+        reader.position = {row, head, offset_of(call, row),
+                           !own && block.slides ? -windowed_length(call, row, grads.set) : 0};
+        reader.count = queries.count;
+        reader.query = static_cast<const char*>(call.query.data) +
+                       offset_bytes(call.query, row, head, queries.first, sizeof(S));
+        reader.grad = static_cast<const char*>(saved.grad_out.data) +
+                      offset_bytes(saved.grad_out, row, head, queries.first, sizeof(S));
+        const int64_t scratch = head * saved.capacity + scratch_start(call, row);
+        reader.levels = saved.levels + scratch;
+        reader.deltas = saved.deltas + scratch;
+        const KeyBounds bounds =
+            query_bounds(block.first, last_key, reader.position.begin, reader.position.offset, reader.count,
+                         call.window, block.causal, block.slides, Shape::kQueries);
+        const auto list =
+            TileList<Shape::kQueries>::of(bounds, false, query_split * chunk, query_split * chunk + chunk);
+        gather<Shape, kOptions, kKey, kValue>(call, saved, reader, list, block, keys, values, dk, dv);
+    }
+    if constexpr (kKey) {
+        if (block.want_key) {
+            store_gradients<T, D>(call, block, grads.key, grads.key_parts, part * grads.key_part, unit,
+                                  kv_head, set.is_float32, dk, call.scale);
+        }
+    }
+    if constexpr (kValue) {
+        if (block.want_value) {
+            store_gradients<T, D>(call, block, grads.value, grads.value_parts, part * grads.value_part, unit,
+                                  kv_head, set.is_float32, dv, 1);
+        }
+    }
+}
+
+// target[i] = Σ_part parts[part, i], in float32 and in the order of the parts. Grid: (blocks of elements,).
+constexpr int kAddThreads = 256;
+template <typename T>
+__global__ void __launch_bounds__(kAddThreads)
+    add_parts_kernel(const float* parts, char* target, int64_t count, int number, int32_t dtype) {
+    const int64_t index = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
+    if (index >= count) return;
+    float total = 0;
+    for (int part = 0; part < number; ++part) total += parts[part * count + index];
+    write_float(target, index, total, dtype);
+}
+
+template <typename T>
+int backward_keys(const Call& call, const Saved& saved, const KeyGradients& given, void* stream) {
+    return with_head_dim(call.head_dim, [&](auto dim) {
+        using Shape = DkvShapeOf<T, decltype(dim)::value>;
+        const SegmentSet& set = call.sets[given.set];
+        KeyGradients grads = given;
+        grads.tiles = set.cu_seqlens.data != nullptr ? set.size / Shape::kKeys + set.count
+                                                     : set.count * ceil_div(set.size, Shape::kKeys);
+        const dim3 grid(grads.tiles * grads.splits * grads.query_splits, call.kv_heads),
+            block(Shape::kThreads);
+        const auto run = [&](auto kernel, const KeyGradients& wanted) {
+            return PREFIX_FAST_LAUNCH(kernel, grid, block, Shape::kSharedBytes,
+                                      static_cast<cudaStream_t>(stream), call, saved, wanted);
+        };
+        if constexpr (Shape::kBoth) {
+            return has_options(call) ? run(dkv_kernel<Shape, true, true, true>, grads)
+                                     : run(dkv_kernel<Shape, false, true, true>, grads);
+        } else {
+            cudaError_t error = cudaSuccess;
+            if (grads.key.data != nullptr) {
+                error = has_options(call) ? run(dkv_kernel<Shape, true, true, false>, grads)
+                                          : run(dkv_kernel<Shape, false, true, false>, grads);
+            }
+            if (error == cudaSuccess && grads.value.data != nullptr) {
+                error = has_options(call) ? run(dkv_kernel<Shape, true, false, true>, grads)
+                                          : run(dkv_kernel<Shape, false, false, true>, grads);
+            }
+            return error;
+        }
+    });
+}
+
+}  // namespace prefix_fast::cuda
+
+#define PREFIX_FAST_DEFINE(name, type)                                                                       \
+    PREFIX_FAST_EXPORT int prefix_fast_backward_keys_##name(                                                 \
+        const prefix_fast::cuda::Call* call, const prefix_fast::cuda::Saved* saved,                          \
+        const prefix_fast::cuda::KeyGradients* grads, void* stream) {                                        \
+        return prefix_fast::cuda::backward_keys<type>(*call, *saved, *grads, stream);                        \
+    }                                                                                                        \
+    PREFIX_FAST_EXPORT int prefix_fast_add_parts_##name(const float* parts, void* target, int64_t count,     \
+                                                        int number, int32_t dtype, void* stream) {           \
+        using namespace prefix_fast::cuda;                                                                   \
+        const dim3 grid(static_cast<unsigned>((count + kAddThreads - 1) / kAddThreads)), block(kAddThreads); \
+        return PREFIX_FAST_LAUNCH(add_parts_kernel<type>, grid, block, 0, static_cast<cudaStream_t>(stream), \
+                                  parts, static_cast<char*>(target), count, number, dtype);                  \
+    }
+PREFIX_FAST_TYPES(PREFIX_FAST_DEFINE)

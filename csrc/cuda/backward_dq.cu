@@ -1,0 +1,246 @@
+// Gradient of the queries, row-major, and the small kernel that prepares both halves of the backward pass.
+//
+//     δ_i = Σ_d do_i·o_i - g_i     p_ij = e^{s_ij - lse_i}    ds_ij = p_ij (do_i·v_j - δ_i)   dq_i = scale
+//     Σ_j ds_ij k_j
+//
+// lse is that of the whole chain, so each segment's part is independent of the others; g is the gradient of
+// lse. δ and lse are float32 in a scratch whose rows are padded to whole tiles: there, and for queries that
+// see no key, lse is +inf and δ is 0, so p is 0 without a mask. dq is float32 in registers and scaled last; p
+// and do·v are recomputed.
+#include "kernels.cuh"
+#include "launch.cuh"
+#include "walk.cuh"
+
+namespace prefix_fast::cuda {
+
+constexpr int kPrepareThreads = 128;
+constexpr int kLanesOfRow = 8;
+
+// Σ of the products of 16 bytes of two rows.
+template <typename T>
+__device__ inline float dot_chunk(uint4 a, uint4 b) {
+    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (kIsHalf<T>) {
+            const float2 u = unpacked<T>(x[i]), v = unpacked<T>(y[i]);
+            sum += u.x * v.x + u.y * v.y;
+        } else {
+            sum += as_float(x[i]) * as_float(y[i]);
+        }
+    }
+    return sum;
+}
+
+// Writes δ and lse, of base 2 without options and natural with them, to the padded scratch. Grid: (query
+// tiles, H).
+template <typename T>
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_kernel(const __grid_constant__ Call call, const __grid_constant__ Saved saved, bool natural) {
+    const QueryTile tile = query_tile(call, blockIdx.x, kScratchTile);
+    if (tile.first >= tile.count) return;
+    const int head = blockIdx.y, bytes = sizeof(Storage<T>);
+    const auto* out =
+        static_cast<const char*>(saved.out.data) + offset_bytes(saved.out, tile.row, head, tile.token, bytes);
+    const auto* grad = static_cast<const char*>(saved.grad_out.data) +
+                       offset_bytes(saved.grad_out, tile.row, head, tile.token, bytes);
+    const int64_t scratch = head * saved.capacity + scratch_start(call, tile.row) + tile.first;
+    for (int place = threadIdx.x / kLanesOfRow; place < kScratchTile;
+         place += kPrepareThreads / kLanesOfRow) {
+        const bool exists = tile.first + place < tile.count;
+        float delta = 0;
+        for (int d = threadIdx.x % kLanesOfRow * kChunk<T>; exists && d < call.head_dim;
+             d += kLanesOfRow * kChunk<T>) {
+            delta += dot_chunk<T>(load_global_16(out + (place * saved.out.token + d) * bytes),
+                                  load_global_16(grad + (place * saved.grad_out.token + d) * bytes));
+        }
+#pragma unroll
+        for (int step = 1; step < kLanesOfRow; step *= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, step);
+        if (threadIdx.x % kLanesOfRow != 0) continue;
+        float level = infinity();
+        if (exists) {
+            const Levels &lse = saved.lse, &g = saved.grad_lse;
+            const int64_t token = tile.token + place;
+            const float natural_level = lse.data[tile.row * lse.unit + head * lse.head + token * lse.token];
+            if (natural_level != -infinity()) level = natural ? natural_level : natural_level * kLog2e;
+            if (g.data != nullptr) delta -= g.data[tile.row * g.unit + head * g.head + token * g.token];
+        }
+        saved.levels[scratch + place] = level;
+        saved.deltas[scratch + place] = level == infinity() ? 0 : delta;
+    }
+}
+
+// As a forward kernel's, with two tiles of rows: queries and gradients of the output.
+template <typename Forward>
+struct DqShape : Forward {
+    static constexpr int kSharedBytes = Forward::kPipelineBytes + 2 * Forward::kQueryBytes;
+};
+template <typename T, int D>
+struct DqShapeOf;
+template <typename T>
+struct DqShapeOf<T, 64> : DqShape<ForwardShape<T, 64, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 64 : 32, 2>> {};
+template <typename T>
+struct DqShapeOf<T, 80> : DqShape<ForwardShape<T, 80, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 32 : 16, 2>> {};
+template <typename T>
+struct DqShapeOf<T, 96> : DqShape<ForwardShape<T, 96, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 32 : 16, 2>> {};
+template <typename T>
+struct DqShapeOf<T, 128> : DqShape<ForwardShape<T, 128, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 32 : 16, 2>> {};
+template <typename T>
+struct DqShapeOf<T, 256> : DqShape<ForwardShape<T, 256, 1, kIsHalf<T> ? 4 : 2, kIsHalf<T> ? 16 : 8, 2>> {};
+
+// lse and δ of this thread's rows.
+template <int M>
+struct RowLevels {
+    float level[M][2], delta[M][2];
+};
+
+// Adds Σ_j ds_ij k_j over one tile of keys.
+template <typename Shape, bool kOptions, bool kEdge>
+__device__ inline void descend_tile(const Call& call, const typename Shape::Queries& queries,
+                                    const typename Shape::Queries& grads, const Rows<Shape::M>& rows,
+                                    const RowLevels<Shape::M>& levels, const KeyTile& tile,
+                                    const typename Shape::S* keys, float (&sums)[Shape::M][Shape::D / 8][4]) {
+    using T = typename Shape::T;
+    constexpr int M = Shape::M, N = Shape::kKeys / 8, D = Shape::D;
+    float scores[M][N][4], dp[M][N][4], slopes[M][kOptions ? N : 1][4];
+    fill_zero(scores);
+    multiply_transposed<T, M, N, D>(scores, queries, keys);
+    fill_zero(dp);
+    multiply_transposed<T, M, N, D>(dp, grads, keys + Shape::kTileElements);
+    const float unit = unit_of<kOptions>(call.scale);
+    if constexpr (kOptions) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            if (call.softcap != 0) {
+                apply_softcap(scores[m], slopes[m], call.scale, call.softcap);
+            } else {
+                apply_scale(scores[m], call.scale);
+            }
+        }
+        if (call.sets[tile.set].bias.data != nullptr) add_bias(scores, call.sets[tile.set].bias, rows, tile);
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                scores[m][n][i] = exponential<kOptions>(scores[m][n][i], unit, levels.level[m][i / 2]);
+            }
+        }
+    }
+    if (kEdge) hide(scores, 0, rows, tile, call.window);
+    if (kOptions && call.seed != nullptr) {
+        const float inverse = 1 / call.kept_share;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            for_each_kept<N>(call, rows.row[m], rows.head[m], rows.token[m], tile,
+                             [&](int n, int half, int c, bool kept) {
+                                 float& value = dp[m][n][2 * half + c];
+                                 value = kept ? value * inverse : 0;
+                             });
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                scores[m][n][i] *= dp[m][n][i] - levels.delta[m][i / 2];
+                if (kOptions && call.softcap != 0) scores[m][n][i] *= slopes[m][n][i];
+            }
+        }
+    }
+    multiply_weights<T, M, N, D>(sums, scores, keys);
+}
+
+// Grid: (tiles of the queries of all rows, H).
+template <typename Shape, bool kOptions>
+__global__ void __launch_bounds__(Shape::kThreads)
+    dq_kernel(const __grid_constant__ Call call, const __grid_constant__ Saved saved,
+              const __grid_constant__ Tokens target) {
+    using T = typename Shape::T;
+    using S = typename Shape::S;
+    constexpr int M = Shape::M, D = Shape::D;
+    const QueryTile query = query_tile(call, blockIdx.x, Shape::kQueries);
+    if (query.first >= query.count) return;
+    const int head = blockIdx.y, kv_head = head / (call.heads / call.kv_heads);
+    const int offset = offset_of(call, query.row);
+    const Rows<M> rows = rows_of<Shape>(query, head, offset);
+    const Sign plain{0xFFFFFFFFu, 0};
+    const auto queries = load_tile_rows<Shape>(call, call.query, query, head, plain, 0);
+    const auto grads = load_tile_rows<Shape>(call, saved.grad_out, query, head, plain, 1);
+    const int64_t scratch = head * saved.capacity + scratch_start(call, query.row) + query.first;
+    RowLevels<M> levels;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int place = Shape::first_row() + 16 * m + 8 * half + lane_row();
+            levels.level[m][half] = saved.levels[scratch + place];
+            levels.delta[m][half] = saved.deltas[scratch + place];
+        }
+    }
+    const int last = minimum(query.first + Shape::kQueries, query.count) - 1;
+
+    float sums[M][D / 8][4];
+    fill_zero(sums);
+#pragma unroll 1
+    for (int s = 0; s <= call.num_sets; ++s) {
+        const auto of_set = walk_of_row<Shape::kKeys>(call, s, query.row, kv_head, query.first + offset,
+                                                      last + offset, sizeof(S));
+        KeyTile tile = of_set.tile;
+        walk<Shape>(of_set.list, of_set.source, [&](int start, const S* keys, auto edge) {
+            tile.start = start;
+            descend_tile<Shape, kOptions, decltype(edge)::value>(call, queries, grads, rows, levels, tile,
+                                                                 keys, sums);
+        });
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int place = Shape::first_row() + 16 * m + 8 * half + lane_row();
+            if (query.first + place >= query.count) continue;
+            char* row = static_cast<char*>(target.data) +
+                        offset_bytes(target, query.row, head, query.token + place, sizeof(S));
+            store_row<T, D>(row, call.head_dim, sums[m], half, call.scale);
+        }
+    }
+}
+
+template <typename T>
+int prepare(const Call& call, const Saved& saved, void* stream) {
+    const dim3 grid(query_tiles(call, kScratchTile), call.heads), block(kPrepareThreads);
+    return PREFIX_FAST_LAUNCH(prepare_kernel<T>, grid, block, 0, static_cast<cudaStream_t>(stream), call,
+                              saved, has_options(call));
+}
+
+template <typename T>
+int backward_queries(const Call& call, const Saved& saved, const Tokens& target, void* stream) {
+    return with_head_dim(call.head_dim, [&](auto dim) {
+        using Shape = DqShapeOf<T, decltype(dim)::value>;
+        const dim3 grid(query_tiles(call, Shape::kQueries), call.heads), block(Shape::kThreads);
+        const auto run = [&](auto kernel) {
+            return PREFIX_FAST_LAUNCH(kernel, grid, block, Shape::kSharedBytes,
+                                      static_cast<cudaStream_t>(stream), call, saved, target);
+        };
+        return has_options(call) ? run(dq_kernel<Shape, true>) : run(dq_kernel<Shape, false>);
+    });
+}
+
+}  // namespace prefix_fast::cuda
+
+#define PREFIX_FAST_DEFINE(name, type)                                                                       \
+    PREFIX_FAST_EXPORT int prefix_fast_prepare_##name(const prefix_fast::cuda::Call* call,                   \
+                                                      const prefix_fast::cuda::Saved* saved, void* stream) { \
+        return prefix_fast::cuda::prepare<type>(*call, *saved, stream);                                      \
+    }                                                                                                        \
+    PREFIX_FAST_EXPORT int prefix_fast_backward_queries_##name(                                              \
+        const prefix_fast::cuda::Call* call, const prefix_fast::cuda::Saved* saved,                          \
+        const prefix_fast::cuda::Tokens* target, void* stream) {                                             \
+        return prefix_fast::cuda::backward_queries<type>(*call, *saved, *target, stream);                    \
+    }
+PREFIX_FAST_TYPES(PREFIX_FAST_DEFINE)

@@ -1,0 +1,28 @@
+// What the runtime, linked statically, says of this machine. Nothing here makes a context or leaves an error
+// behind.
+#include <cuda_runtime_api.h>
+
+extern "C" const char* prefix_fast_error_name(int error) {
+    return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+
+// Versions as 1000 · major + 10 · minor; 0: no driver.
+extern "C" int prefix_fast_driver_version() {
+    int version = 0;
+    if (cudaDriverGetVersion(&version) != cudaSuccess) cudaGetLastError();
+    return version;
+}
+
+extern "C" int prefix_fast_runtime_version() {
+    return CUDART_VERSION;
+}
+
+// The device that a stream belongs to; -1 where the driver cannot tell.
+extern "C" int prefix_fast_device_of_stream(void* stream) {
+    int device = -1;
+    if (cudaStreamGetDevice(static_cast<cudaStream_t>(stream), &device) != cudaSuccess) {
+        cudaGetLastError();
+        return -1;
+    }
+    return device;
+}

@@ -1,0 +1,413 @@
+// Tiles of rows in shared memory, and the two matrix products that all kernels are made of.
+//
+//     scores[i][j] += Σ_d left[i][d] right[j][d]        multiply_transposed: q·kᵀ, do·vᵀ, and with keys as
+//     rows k·qᵀ, v·doᵀ sums[i][d]   += Σ_j weights[i][j] right[j][d]     multiply_weights: p·v, ds·k, and
+//     with keys as rows pᵀ·do, dsᵀ·q
+//
+// A warp computes 16 M rows. Its sums are float32 in the layout of mma.m16n8k16's accumulators, whatever
+// computes them: lane 4 g + t has, of every 16 × 8 block, columns 2t and 2t+1 of the rows g and g + 8.
+// Weights are such sums, so they never leave registers. Rows of `right` lie in shared memory, an odd number
+// of 16-byte chunks apart: eight successive rows, and eight chunks of one row, are in different banks.
+//
+// T is __half or __nv_bfloat16 (tensor cores), float (FFMA, exact products) or Tf32 (float on tensor cores).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "call.h"
+#include "memory.cuh"
+#include "mma.cuh"
+#include "pipeline.cuh"
+
+namespace prefix_fast::cuda {
+
+struct Tf32 {};
+
+template <typename T>
+using Storage = std::conditional_t<std::is_same_v<T, Tf32>, float, T>;
+
+template <typename T>
+constexpr bool kIsHalf = sizeof(Storage<T>) == 2;
+template <typename T>
+constexpr int kChunk = 16 / sizeof(Storage<T>);  // elements of 16 bytes
+template <typename T, int D>
+constexpr int kPitch = D + kChunk<T>;
+constexpr int kWarp = 32;
+
+__device__ inline int lane() {
+    return threadIdx.x % kWarp;
+}
+__device__ inline int warp() {
+    return threadIdx.x / kWarp;
+}
+__device__ inline int lane_row() {  // g
+    return lane() / 4;
+}
+__device__ inline int lane_column() {  // 2t
+    return lane() % 4 * 2;
+}
+
+template <typename S>
+__device__ inline uint32_t packed(float low, float high);
+template <>
+__device__ inline uint32_t packed<__half>(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ inline uint32_t packed<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <typename S>
+__device__ inline float2 unpacked(uint32_t pair);
+template <>
+__device__ inline float2 unpacked<__half>(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+template <>
+__device__ inline float2 unpacked<__nv_bfloat16>(uint32_t pair) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
+__device__ inline float as_float(uint32_t bits) {
+    return __uint_as_float(bits);
+}
+
+// ---- loads
+
+// 16 bytes of a row as a tile holds them: of float32 rows beside tiles of half precision, 32 bytes, rounded.
+template <typename T>
+__device__ inline uint4 load_chunk(const char* from, bool is_float32) {
+    if constexpr (kIsHalf<T>) {
+        if (is_float32) {
+            const uint4 a = load_global_16(from), b = load_global_16(from + 16);
+            using S = Storage<T>;
+            return {packed<S>(as_float(a.x), as_float(a.y)), packed<S>(as_float(a.z), as_float(a.w)),
+                    packed<S>(as_float(b.x), as_float(b.y)), packed<S>(as_float(b.z), as_float(b.w))};
+        }
+    }
+    return load_global_16(from);
+}
+
+// The rows `row_at(0)` to `row_at(kRows - 1)` of one head, zeros where the pointer is null and past the head
+// dim. Those of the tile's own type are under way until the group of copies is waited for.
+template <typename T, int kRows, int D, int kThreads, typename RowAt>
+__device__ inline void load_rows(Storage<T>* tile, int head_dim, bool is_float32, const RowAt& row_at) {
+    constexpr int kChunks = D / kChunk<T>;
+#pragma unroll
+    for (int first = 0; first < kRows * kChunks; first += kThreads) {
+        const int index = first + threadIdx.x;
+        if (kRows * kChunks % kThreads != 0 && index >= kRows * kChunks) break;
+        const int row = index / kChunks, column = index % kChunks * kChunk<T>;
+        const char* from = row_at(row);
+        const bool valid = from != nullptr && column < head_dim;
+        Storage<T>* to = tile + row * kPitch<T, D> + column;
+        if (kIsHalf<T> && is_float32) {
+            store_shared_16(to, valid ? load_chunk<T>(from + column * 4, true) : uint4{0, 0, 0, 0});
+        } else {
+            cp_async_16(to, from + column * sizeof(Storage<T>), valid);
+        }
+    }
+}
+
+// Which keys of a row's own tokens are hidden from all of its queries; null: none.
+struct KeyMask {
+    const uint8_t* data;
+    int64_t stride;
+
+    __device__ bool hides(int key) const { return data != nullptr && data[key * stride] == 0; }
+};
+
+// Keys [start, start + kRows) of a segment, zeros where they do not exist or are hidden.
+template <typename T, int kRows, int D, int kThreads>
+__device__ inline void load_keys(Storage<T>* tile, const char* base, int64_t token_stride, int start,
+                                 int valid, const KeyMask& mask, int head_dim, bool is_float32) {
+    const int64_t bytes = token_stride * (is_float32 ? 4 : int{sizeof(Storage<T>)});
+    load_rows<T, kRows, D, kThreads>(tile, head_dim, is_float32, [&](int row) -> const char* {
+        const int key = start + row;
+        return key < valid && !mask.hides(key) ? base + key * bytes : nullptr;
+    });
+}
+
+// ---- the left operand: in registers, or in shared memory
+
+// A sign for all elements: -1, 0 or 1, as bits to keep and bits to flip of a 32-bit register.
+struct Sign {
+    uint32_t keep, flip;
+};
+
+template <typename T>
+__device__ inline Sign sign_of(float scale) {
+    const uint32_t bits = kIsHalf<T> ? 0x80008000u : 0x80000000u;
+    return {scale == 0 ? 0u : 0xFFFFFFFFu, scale < 0 ? bits : 0u};
+}
+
+// 16 M rows of D elements as A fragments of mma.m16n8k16.
+template <typename T, int M, int D>
+struct RegisterRows {
+    uint32_t bits[M][D / 16][4];
+
+    // From global memory: row[m][0] and row[m][1] are rows g and g + 8 of block m, null: zeros.
+    __device__ void load(const char* const (&row)[M][2], int head_dim, Sign sign, bool is_float32 = false) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int column = 16 * k + i / 2 * 8;
+                    const char* from = row[m][i % 2];
+                    uint32_t pair = 0;
+                    if (from != nullptr && column < head_dim)
+                        pair = load_pair(from, column + lane_column(), is_float32);
+                    bits[m][k][i] = (pair & sign.keep) ^ sign.flip;
+                }
+            }
+        }
+    }
+
+    __device__ static uint32_t load_pair(const char* row, int column, bool is_float32) {
+        if (!is_float32) return *reinterpret_cast<const uint32_t*>(row + column * 2);
+        const uint2 pair = load_global_8(row + column * 4);
+        return packed<T>(as_float(pair.x), as_float(pair.y));
+    }
+
+    __device__ void fragment(int m, int k, uint32_t (&a)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = bits[m][k][i];
+    }
+};
+
+// 16 M rows of D elements in shared memory, this warp's from `data` on.
+template <typename T, int D>
+struct SharedRows {
+    const Storage<T>* data;
+
+    __device__ void fragment(int m, int k, uint32_t (&a)[4]) const {
+        static_assert(kIsHalf<T>);
+        ldmatrix_x4(a, data + (16 * m + lane() % 16) * kPitch<T, D> + 16 * k + lane() / 16 * 8);
+    }
+    __device__ const float* row(int m, int half) const {  // of float: g + 8 half of block m
+        return data + (16 * m + 8 * half + lane_row()) * kPitch<T, D>;
+    }
+};
+
+// kRows rows of queries into shared memory, not asynchronously, with a sign.
+template <typename T, int kRows, int D, int kThreads, typename RowAt>
+__device__ inline void store_rows(Storage<T>* tile, int head_dim, Sign sign, const RowAt& row_at) {
+    constexpr int kChunks = D / kChunk<T>;
+    for (int index = threadIdx.x; index < kRows * kChunks; index += kThreads) {
+        const int row = index / kChunks, column = index % kChunks * kChunk<T>;
+        const char* from = row_at(row);
+        uint4 chunk{0, 0, 0, 0};
+        if (from != nullptr && column < head_dim) chunk = load_global_16(from + column * sizeof(Storage<T>));
+        chunk = {(chunk.x & sign.keep) ^ sign.flip, (chunk.y & sign.keep) ^ sign.flip,
+                 (chunk.z & sign.keep) ^ sign.flip, (chunk.w & sign.keep) ^ sign.flip};
+        store_shared_16(tile + row * kPitch<T, D> + column, chunk);
+    }
+}
+
+// ---- products
+
+template <int M, int N>
+__device__ inline void fill_zero(float (&sums)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
+        }
+    }
+}
+
+// Σ over four elements for the four sums of a lane, rows a0 and a1 against rows b0 and b1.
+__device__ inline void add_products(float (&sum)[4], float4 a0, float4 a1, float4 b0, float4 b1) {
+    sum[0] += a0.x * b0.x, sum[1] += a0.x * b1.x, sum[2] += a1.x * b0.x, sum[3] += a1.x * b1.x;
+    sum[0] += a0.y * b0.y, sum[1] += a0.y * b1.y, sum[2] += a1.y * b0.y, sum[3] += a1.y * b1.y;
+    sum[0] += a0.z * b0.z, sum[1] += a0.z * b1.z, sum[2] += a1.z * b0.z, sum[3] += a1.z * b1.z;
+    sum[0] += a0.w * b0.w, sum[1] += a0.w * b1.w, sum[2] += a1.w * b0.w, sum[3] += a1.w * b1.w;
+}
+
+__device__ inline float4 load_shared_float4(const float* from) {
+    const uint4 bits = load_shared_16(from);
+    return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
+}
+
+// scores += left · rightᵀ, right's rows 0 to 8 N - 1.
+template <typename T, int M, int N, int D, typename Left>
+__device__ inline void multiply_transposed(float (&scores)[M][N][4], const Left& left,
+                                           const Storage<T>* right) {
+    constexpr int kStride = kPitch<T, D>;
+    if constexpr (kIsHalf<T>) {
+        static_assert(N % 2 == 0);
+        const Storage<T>* base = right + (lane() % 8 + lane() / 16 * 8) * kStride + lane() / 8 % 2 * 8;
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            uint32_t a[M][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) left.fragment(m, k, a[m]);
+#pragma unroll
+            for (int n = 0; n < N; n += 2) {
+                uint32_t b[4];
+                ldmatrix_x4(b, base + n * 8 * kStride + k * 16);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    mma_m16n8k16<T>(scores[m][n], a[m], {b[0], b[1]});
+                    mma_m16n8k16<T>(scores[m][n + 1], a[m], {b[2], b[3]});
+                }
+            }
+        }
+    } else if constexpr (std::is_same_v<T, Tf32>) {
+        const int t = lane() % 4;
+        const float* base = right + lane_row() * kStride + t;
+#pragma unroll 2
+        for (int k = 0; k < D; k += 8) {
+            uint32_t a[M][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[m][i] = to_tf32(left.row(m, i % 2)[k + t + i / 2 * 4]);
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float* row = base + n * 8 * kStride + k;
+                const uint32_t b[2] = {to_tf32(row[0]), to_tf32(row[4])};
+#pragma unroll
+                for (int m = 0; m < M; ++m) mma_m16n8k8_tf32(scores[m][n], a[m], b);
+            }
+        }
+    } else {
+        const float* base = right + lane_column() * kStride;
+#pragma unroll 1
+        for (int k = 0; k < D; k += 4) {
+            float4 a[M][2];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                a[m][0] = load_shared_float4(left.row(m, 0) + k);
+                a[m][1] = load_shared_float4(left.row(m, 1) + k);
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float4 b0 = load_shared_float4(base + n * 8 * kStride + k);
+                const float4 b1 = load_shared_float4(base + (n * 8 + 1) * kStride + k);
+#pragma unroll
+                for (int m = 0; m < M; ++m) add_products(scores[m][n], a[m][0], a[m][1], b0, b1);
+            }
+        }
+    }
+}
+
+// sums += weights · right, right's rows 0 to 8 K - 1. The weights are rounded to T.
+template <typename T, int M, int K, int D>
+__device__ inline void multiply_weights(float (&sums)[M][D / 8][4], const float (&weights)[M][K][4],
+                                        const Storage<T>* right) {
+    constexpr int kStride = kPitch<T, D>;
+    if constexpr (kIsHalf<T>) {
+        static_assert(K % 2 == 0 && D % 16 == 0);
+        const Storage<T>* base = right + lane() % 16 * kStride + lane() / 16 * 8;
+#pragma unroll
+        for (int k = 0; k < K; k += 2) {
+            uint32_t a[M][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float (&w)[4] = weights[m][k + i / 2];
+                    a[m][i] = packed<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < D / 8; n += 2) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, base + k * 8 * kStride + n * 8);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    mma_m16n8k16<T>(sums[m][n], a[m], {b[0], b[1]});
+                    mma_m16n8k16<T>(sums[m][n + 1], a[m], {b[2], b[3]});
+                }
+            }
+        }
+    } else if constexpr (std::is_same_v<T, Tf32>) {
+        // The order of a product's eight terms is free: slots t and t + 4 are columns 2t and 2t + 1, as the
+        // sums lie.
+        const float* base = right + lane_column() * kStride + lane_row();
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            uint32_t a[M][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[m][i] = to_tf32(weights[m][k][i % 2 * 2 + i / 2]);
+            }
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                const float* place = base + k * 8 * kStride + n * 8;
+                const uint32_t b[2] = {to_tf32(place[0]), to_tf32(place[kStride])};
+#pragma unroll
+                for (int m = 0; m < M; ++m) mma_m16n8k8_tf32(sums[m][n], a[m], b);
+            }
+        }
+    } else {
+        const float* base = right + lane_column();
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {  // column j of the block is with lane j / 2 of the four
+                float a[M][2];
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    a[m][0] = __shfl_sync(0xFFFFFFFFu, weights[m][k][j % 2], j / 2, 4);
+                    a[m][1] = __shfl_sync(0xFFFFFFFFu, weights[m][k][j % 2 + 2], j / 2, 4);
+                }
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n) {
+                    const uint2 bits = load_shared_8(base + (k * 8 + j) * kStride + n * 8);
+                    const float b0 = as_float(bits.x), b1 = as_float(bits.y);
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        sums[m][n][0] += a[m][0] * b0, sums[m][n][1] += a[m][0] * b1;
+                        sums[m][n][2] += a[m][1] * b0, sums[m][n][3] += a[m][1] * b1;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// One element of a row, by the tensor's dtype (call.h).
+__device__ inline void write_float(char* row, int column, float value, int64_t dtype) {
+    if (dtype == kFloat32) {
+        reinterpret_cast<float*>(row)[column] = value;
+    } else if (dtype == kBFloat16) {
+        reinterpret_cast<__nv_bfloat16*>(row)[column] = __float2bfloat16(value);
+    } else {
+        reinterpret_cast<__half*>(row)[column] = __float2half(value);
+    }
+}
+
+// Two neighbouring columns of a row, rounded to the tensor's type.
+template <typename T>
+__device__ inline void store_pair(char* row, int column, float first, float second) {
+    if constexpr (kIsHalf<T>) {
+        *reinterpret_cast<uint32_t*>(row + column * 2) = packed<T>(first, second);
+    } else {
+        store_global_8(row + column * 4, uint2{__float_as_uint(first), __float_as_uint(second)});
+    }
+}
+
+// One row of a warp's sums times a factor, of rows g + 8 half.
+template <typename T, int D>
+__device__ inline void store_row(char* row, int head_dim, const float (&sums)[D / 8][4], int half,
+                                 float factor) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+        if (8 * n >= head_dim) break;
+        store_pair<T>(row, 8 * n + lane_column(), sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
+    }
+}
+
+}  // namespace prefix_fast::cuda

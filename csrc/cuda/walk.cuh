@@ -1,0 +1,205 @@
+// What the row-major kernels share: the keys that a block of queries walks, through a pipeline of tiles in
+// shared memory.
+//
+// Keys and values of a tile are one group of asynchronous copies, kStages - 1 tiles ahead of the products.
+#pragma once
+
+#include "softmax.cuh"
+
+namespace prefix_fast::cuda {
+
+// The tiles of kKeys keys of a run [low, high), those first in which every query sees every key.
+template <int kKeys>
+struct TileList {
+    int first_full, full, first_before, before, first_after, after;
+
+    // `begin` and `end` cut the run: multiples of kKeys, or beyond it. `masked`: no tile is known to be seen
+    // whole.
+    __device__ static TileList of(const KeyBounds& bounds, bool masked, int begin, int end) {
+        const int low = maximum(bounds.low, begin), high = minimum(bounds.high, end);
+        int full_low = minimum(maximum(bounds.full_low, low), ceil_div(maximum(high, 0), kKeys) * kKeys);
+        int full_high = maximum(minimum(bounds.full_high, high / kKeys * kKeys), full_low);
+        if (masked) full_high = full_low;
+        TileList list;
+        list.first_full = full_low;
+        list.full = (full_high - full_low) / kKeys;
+        list.first_before = low;
+        list.before = ceil_div(maximum(minimum(full_low, high) - low, 0), kKeys);
+        list.first_after = full_high;
+        list.after = ceil_div(maximum(high - full_high, 0), kKeys);
+        return list;
+    }
+    __device__ int count() const { return full + before + after; }
+    __device__ int start(int index) const {
+        if (index < full) return first_full + index * kKeys;
+        index -= full;
+        return index < before ? first_before + index * kKeys : first_after + (index - before) * kKeys;
+    }
+};
+
+// Sizes of a forward kernel: kWarps / kKeyWarps warps have 16 M rows of queries each, and kKeyWarps share
+// their keys; kKeys keys are in a tile, kStages tiles in shared memory.
+template <typename T_, int kD, int kM, int kWarps_, int kKeys_, int kStages_, int kKeyWarps_ = 1>
+struct ForwardShape {
+    using T = T_;
+    using S = Storage<T>;
+    static constexpr int D = kD, M = kM, kWarps = kWarps_, kKeys = kKeys_, kStages = kStages_;
+    static constexpr int kKeyWarps = kKeyWarps_, kKeysOfWarp = kKeys / kKeyWarps;
+    static constexpr int kThreads = kWarps * kWarp;
+    static constexpr int kRowsOfWarp = 16 * M;
+    static constexpr int kQueries = kRowsOfWarp * kWarps / kKeyWarps;
+    static constexpr bool kInRegisters = kIsHalf<T> && D <= 128;  // the queries
+    static constexpr int kTileElements = kKeys * kPitch<T, D>;
+    static constexpr int kPipelineBytes = 2 * kStages * kTileElements * int{sizeof(S)};
+    static constexpr int kQueryBytes = kInRegisters ? 0 : kQueries * kPitch<T, D> * int{sizeof(S)};
+    static constexpr int kSharedBytes = kPipelineBytes + kQueryBytes;
+    using Queries = std::conditional_t<kInRegisters, RegisterRows<T, M, D>, SharedRows<T, D>>;
+
+    __device__ static int first_row() { return warp() / kKeyWarps * kRowsOfWarp; }  // of this warp
+    __device__ static int first_key() { return warp() % kKeyWarps * kKeysOfWarp; }  // in a tile
+};
+
+// This warp's rows of the tile row_at(0) to row_at(kQueries - 1), null: zeros; `slot`-th of those in shared
+// memory.
+template <typename Shape, typename RowAt>
+__device__ inline typename Shape::Queries load_queries(int head_dim, Sign sign, int slot,
+                                                       const RowAt& row_at) {
+    using T = typename Shape::T;
+    typename Shape::Queries queries;
+    if constexpr (Shape::kInRegisters) {
+        const char* pointers[Shape::M][2];
+#pragma unroll
+        for (int m = 0; m < Shape::M; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                pointers[m][half] = row_at(Shape::first_row() + 16 * m + 8 * half + lane_row());
+            }
+        }
+        queries.load(pointers, head_dim, sign);
+    } else {
+        auto* tile =
+            reinterpret_cast<Storage<T>*>(dynamic_shared + Shape::kPipelineBytes + slot * Shape::kQueryBytes);
+        store_rows<T, Shape::kQueries, Shape::D, Shape::kThreads>(tile, head_dim, sign, row_at);
+        queries.data = tile + Shape::first_row() * kPitch<T, Shape::D>;
+    }
+    return queries;
+}
+
+// The scale of queries that took its sign, so that the largest product is the largest logit.
+__device__ inline float positive_scale(const Call& call) {
+    return call.scale == 0 ? 1 : fabsf(call.scale);
+}
+
+// The keys and values that a run of tiles is read from.
+struct Source {
+    Chain chain;
+    int64_t key_stride, value_stride;
+    bool is_float32;
+    KeyMask mask;
+    int head_dim;
+};
+
+template <typename Shape>
+__device__ inline void load_tile(const Source& source, int start, int stage) {
+    using T = typename Shape::T;
+    auto* keys = reinterpret_cast<typename Shape::S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
+    load_keys<T, Shape::kKeys, Shape::D, Shape::kThreads>(keys, source.chain.key, source.key_stride, start,
+                                                          source.chain.valid, source.mask, source.head_dim,
+                                                          source.is_float32);
+    load_keys<T, Shape::kKeys, Shape::D, Shape::kThreads>(keys + Shape::kTileElements, source.chain.value,
+                                                          source.value_stride, start, source.chain.valid,
+                                                          source.mask, source.head_dim, source.is_float32);
+}
+
+// Calls use(start, keys, edge) for the tiles of a list in turn: first those that every query sees whole (edge
+// is std::false_type), then the others. The values lie kTileElements behind the keys. All threads of the
+// block call it; the barrier at its start frees the buffers of the last walk.
+template <typename Shape, typename Use>
+__device__ inline void walk(const TileList<Shape::kKeys>& list, const Source& source, const Use& use) {
+    constexpr int kStages = Shape::kStages;
+    const auto* buffers = reinterpret_cast<const typename Shape::S*>(dynamic_shared);
+    const int count = list.count();
+    __syncthreads();
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+        if (stage < count) load_tile<Shape>(source, list.start(stage), stage);
+        cp_async_commit();
+    }
+    int stage = 0;
+    const auto step = [&](int index, auto edge) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        const int next = index + kStages - 1;
+        if (next < count) load_tile<Shape>(source, list.start(next), stage == 0 ? kStages - 1 : stage - 1);
+        cp_async_commit();
+        use(list.start(index), buffers + 2 * stage * Shape::kTileElements, edge);
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+    };
+#pragma unroll 1
+    for (int index = 0; index < list.full; ++index) step(index, std::false_type{});
+#pragma unroll 1
+    for (int index = list.full; index < count; ++index) step(index, std::true_type{});
+    cp_async_wait<0>();
+}
+
+// What a tile of the queries of one row and head walks of set `s`.
+template <int kKeys>
+struct RowWalk {
+    KeyTile tile;
+    TileList<kKeys> list;
+    Source source;
+};
+
+// `first` and `last` are the positions of the tile's queries among the own tokens.
+template <int kKeys>
+__device__ inline RowWalk<kKeys> walk_of_row(const Call& call, int s, int row, int kv_head, int first,
+                                             int last, int bytes) {
+    const SegmentSet& set = call.sets[s];
+    const bool own = s == call.num_sets;
+    const Chain chain = open_set(call, s, row, kv_head, bytes);
+    KeyMask mask{nullptr, call.mask_token};
+    if (own && call.key_mask != nullptr) mask.data = call.key_mask + row * call.mask_unit;
+    const KeyTile tile{s, 0, chain.valid, chain.begin, own && call.causal != 0, slides(call, s), mask};
+    const KeyBounds bounds =
+        key_bounds(first, last, chain.begin, chain.valid, call.window, tile.causal, tile.slides, kKeys);
+    Chain seen = chain;  // keys that come later than all of the tile's queries are not read
+    seen.valid = bounds.high;
+    return {tile,
+            TileList<kKeys>::of(bounds, mask.data != nullptr, 0, chain.valid),
+            {seen, set.key.token, set.value.token, set.is_float32 != 0, mask, call.head_dim}};
+}
+
+// Where this thread's rows stand in a tile of one row and head, and their addresses in a tensor like the
+// queries (null: past the last).
+template <typename Shape>
+__device__ inline Rows<Shape::M> rows_of(const QueryTile& tile, int head, int offset) {
+    Rows<Shape::M> rows;
+#pragma unroll
+    for (int m = 0; m < Shape::M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int place = Shape::first_row() + 16 * m + 8 * half + lane_row();
+            rows.row[m][half] = tile.row;
+            rows.head[m][half] = head;
+            rows.token[m][half] = minimum(tile.first + place, tile.count - 1);
+            rows.position[m][half] = tile.first + place + offset;
+        }
+    }
+    return rows;
+}
+
+// This warp's queries of a tile of one row and head of a tensor, `slot`-th of those that lie in shared
+// memory.
+template <typename Shape>
+__device__ inline typename Shape::Queries load_tile_rows(const Call& call, const Tokens& tensor,
+                                                         const QueryTile& tile, int head, Sign sign,
+                                                         int slot) {
+    const int64_t bytes = tensor.token * int{sizeof(typename Shape::S)};
+    const char* base = static_cast<const char*>(tensor.data) +
+                       offset_bytes(tensor, tile.row, head, tile.token, sizeof(typename Shape::S));
+    return load_queries<Shape>(call.head_dim, sign, slot, [&](int place) -> const char* {
+        return tile.first + place < tile.count ? base + place * bytes : nullptr;
+    });
+}
+
+}  // namespace prefix_fast::cuda
