@@ -25,6 +25,7 @@ PIP    := $(PYTHON) -m pip --disable-pip-version-check
 GPU_PYTHON := $(if $(filter file default undefined,$(origin PY)),$(BIN)/python,$(PY))
 GPU_NEEDS  := $(if $(filter file default undefined,$(origin PY)),$(STAMP))
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl' 2>/dev/null)
+EMULATOR_FILES := $(shell find tests/cuda_emulator -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
 comma     := ,
 PY_DIRS   := $(wildcard setup.py prefix_fast kernels tests benchmarks examples)
 
@@ -88,12 +89,12 @@ lint: $(STAMP)  ## ruff, mypy, clang-format
 	@$(PYTHON) -m ruff check --quiet $(PY_DIRS)
 	@$(PYTHON) -m ruff format --check --quiet --diff $(PY_DIRS)
 	@$(PYTHON) -m mypy
-	@$(if $(CXX_FILES),clang-format --dry-run -Werror $(CXX_FILES))
+	@$(if $(CXX_FILES),clang-format --dry-run -Werror $(CXX_FILES) $(EMULATOR_FILES))
 
 format: $(STAMP)  ## rewrite the sources in the agreed format
 	@$(PYTHON) -m ruff check --fix $(PY_DIRS)
 	@$(PYTHON) -m ruff format $(PY_DIRS)
-	@$(if $(CXX_FILES),clang-format -i $(CXX_FILES))
+	@$(if $(CXX_FILES),clang-format -i $(CXX_FILES) $(EMULATOR_FILES))
 
 clean:  ## remove builds and caches; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/results

@@ -18,7 +18,7 @@ namespace prefix_fast::cuda {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
-    return cuda_emulator::launch<Parameters...>(name, kernel, grid, block, shared_bytes, arguments...);
+    return cuda_emulator::launch_kernel(name, kernel, grid, block, shared_bytes, arguments...);
 }
 
 #else
