@@ -5,6 +5,7 @@ All contenders of a comparison get the same weights and the same prefix: PEFT's 
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
@@ -30,6 +31,7 @@ class Size:
 
 
 STEP = Size(layers=6, rows=8, tokens=128, prefix=200)
+LONG_STEP = Size(layers=6, rows=8, tokens=512, prefix=200)
 GENERATION = Size(layers=12, rows=16, tokens=8, prefix=1024, new=16)
 MANY_ROWS = Size(layers=12, rows=64, tokens=8, prefix=1024, new=8)
 REFERENCES = Size(layers=6, rows=32, tokens=80, prefix=20)
@@ -73,10 +75,21 @@ def patched_model(size: Size) -> nn.Module:
         return patch(base_model(size), folder)
 
 
+def checkpointed_model(size: Size, keep_attention: bool) -> nn.Module:
+    """The patched plain model under gradient checkpointing."""
+    model = patched_model(size)
+    name = "activation_checkpointing_enable"  # of newer releases of transformers
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"keep_attention": keep_attention})
+    return model
+
+
 MODELS = {
     "PEFT": peft_model,
     "patch(peft_model)": patched_peft_model,
     "patch(model, prefix)": patched_model,
+    "checkpointing": partial(checkpointed_model, keep_attention=False),
+    "checkpointing, attention kept": partial(checkpointed_model, keep_attention=True),
     "no prefix": base_model,
 }
 

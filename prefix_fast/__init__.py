@@ -7,6 +7,7 @@ from prefix_fast.backends.problem import Plan, make_plan
 from prefix_fast.bank import PrefixBank
 from prefix_fast.dispatch import BackendInfo, backends
 from prefix_fast.functional import Segment, prefix_attention, segment_attention
+from prefix_fast.kept import keep_attention
 from prefix_fast.modules import PrefixAttention
 from prefix_fast.prefix import Prefix, PrefixConfig
 from prefix_fast.sources import SharedSourceCollator
@@ -24,6 +25,7 @@ __all__ = [
     "Segment",
     "SharedSourceCollator",
     "backends",
+    "keep_attention",
     "make_plan",
     "patch",
     "prefix_attention",

@@ -169,15 +169,21 @@ def _can_apply(x: Any, weight: Any, bias: Any, transposed: bool) -> bool:
 
 
 class _FrozenLinear(torch.autograd.Function):
+    """The weight is no saved tensor: a checkpointed layer that ends with a product need not repeat that one."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.transposed = transposed
+        ctx.weight, ctx.version, ctx.transposed = weight, weight._version, transposed
         return _product(x, weight, bias, transposed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (weight,) = ctx.saved_tensors
+        weight = ctx.weight
+        if weight._version != ctx.version:
+            raise RuntimeError(
+                "prefix_fast: expected a frozen weight that stays as it is between forward and backward, got one of"
+                f" shape {tuple(weight.shape)} that was modified in place; write to it after the backward pass"
+            )
         if torch.is_grad_enabled() and dy.requires_grad:
             return _FrozenLinear.apply(dy, weight, None, not ctx.transposed), None, None, None
         return _product(dy, weight, None, not ctx.transposed), None, None, None

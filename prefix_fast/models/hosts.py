@@ -187,7 +187,7 @@ class HostMixin:
         self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
     ) -> None:
         if gradient_checkpointing_func is not None:
-            checkpoint = checkpointing.non_reentrant(gradient_checkpointing_func, type(self).__name__)
+            checkpoint = checkpointing.checkpoint_function(gradient_checkpointing_func, type(self).__name__)
             kwargs["gradient_checkpointing_func"] = checkpoint
         super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
 

@@ -72,6 +72,8 @@ class OwnMask:
 
     def visible(self, dtype: torch.dtype, prefix_length: int) -> Visible:
         """The operator's arguments; `prefix_length`: how far before the row's own tokens a window reaches back."""
+        if torch.compiler.is_compiling():  # a checkpointed layer must not write to what is outside of it
+            return _visible(self.request, dtype, prefix_length)
         if self._visible is None:
             self._visible = _visible(self.request, dtype, prefix_length)
         return self._visible
