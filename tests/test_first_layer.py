@@ -8,7 +8,7 @@ from models_zoo import assert_close, make_batch, make_model, make_peft, make_pre
 from seq2seq_zoo import make_seq2seq, make_seq2seq_batch, make_site_prefix
 
 from prefix_fast import ops, patch, unpatch
-from prefix_fast.models import hub, sites
+from prefix_fast.models import hub, packed, sites
 
 # What stands below the first attention to a prefix.
 BELOW = {
@@ -35,11 +35,14 @@ def wanted(monkeypatch) -> dict[tuple[str, int], Wanted]:
     """Site and layer → the gradients that the backend computed for it."""
     found: dict[tuple[str, int], Wanted] = {}
     seen: list[tuple[tuple[str, int], Any]] = []  # the queries are kept, so that no two have the same address
-    attend, backward = hub.PrefixContext.attend, ops.load_backend("cpu").backward
+    backward = ops.load_backend("cpu").backward
 
-    def noted(self, module, query, *args, **kwargs):
-        seen.append((sites.site_of(module)[:2], query))
-        return attend(self, module, query, *args, **kwargs)
+    def noting(attend):
+        def noted(self, module, query, *args, **kwargs):
+            seen.append((sites.site_of(module)[:2], query))
+            return attend(self, module, query, *args, **kwargs)
+
+        return noted
 
     def counted(problem, out, lse, grad_out, grad_lse, grads):
         (site,) = (site for site, query in seen if query.data_ptr() == problem.query.data_ptr())
@@ -49,7 +52,8 @@ def wanted(monkeypatch) -> dict[tuple[str, int], Wanted]:
         found[site] = Wanted(grads.query is not None, *own, *prefix)
         backward(problem, out, lse, grad_out, grad_lse, grads)
 
-    monkeypatch.setattr(hub.PrefixContext, "attend", noted)
+    for context in (hub.PrefixContext, packed.PackedContext):
+        monkeypatch.setattr(context, "attend", noting(context.attend))
     monkeypatch.setattr(ops.load_backend("cpu"), "backward", counted)
     return found
 
