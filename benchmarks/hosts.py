@@ -94,21 +94,17 @@ MODELS = {
 }
 
 
-class TrainingStep:
-    """Forward, backward and AdamW on the prefix; labels on the second half of each row's positions."""
+class Step:
+    """Forward, backward and AdamW on what the model trains."""
 
-    def __init__(self, name: str, size: Size) -> None:
-        self.model = MODELS[name](size).train()
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-3)
-        generator = torch.Generator().manual_seed(0)
-        self.input_ids = torch.randint(size.vocabulary, (size.rows, size.tokens), generator=generator)
-        self.labels = self.input_ids.clone()
-        self.labels[:, : size.tokens // 2] = -100
 
     def batch(self) -> dict[str, Tensor]:
         """The arguments of the model's forward."""
-        return {"input_ids": self.input_ids, "labels": self.labels}
+        raise NotImplementedError
 
     def __call__(self) -> tuple[Tensor, ...]:
         """One step; the loss before it and the norm of its gradient."""
@@ -118,6 +114,21 @@ class TrainingStep:
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.trainable]))
         self.optimizer.step()
         return loss.detach(), norm
+
+
+class TrainingStep(Step):
+    """Labels on the second half of each row's positions."""
+
+    def __init__(self, name: str, size: Size) -> None:
+        super().__init__(MODELS[name](size))
+        generator = torch.Generator().manual_seed(0)
+        self.input_ids = torch.randint(size.vocabulary, (size.rows, size.tokens), generator=generator)
+        self.labels = self.input_ids.clone()
+        self.labels[:, : size.tokens // 2] = -100
+
+    def batch(self) -> dict[str, Tensor]:
+        """The arguments of the model's forward."""
+        return {"input_ids": self.input_ids, "labels": self.labels}
 
 
 class ReferencesStep(TrainingStep):

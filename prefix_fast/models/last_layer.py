@@ -27,25 +27,19 @@ class LastLayer(Stepped):
         last = getattr(context.rows, "last", None) if isinstance(context, PackedContext) else None
         if last is None:
             return forward(self, *args, **kwargs)
-        caches: list[Any] = []
 
         def run(places: Tensor, attention: Any) -> Any:
             def part(value: Any) -> Any:
-                if isinstance(value, Tensor) and value.shape[:2] == (1, len(last.order)):
-                    return value.index_select(1, places)
-                if _is_cache(value):
-                    caches.append(value)
-                    return None
-                return value
+                per_token = isinstance(value, Tensor) and value.shape[:2] == (1, len(last.order))
+                return value.index_select(1, places) if per_token else value
 
-            given, named = tree_map(part, (args, {**kwargs, hub.KEYWORD: None}), is_leaf=_is_cache)
+            given, named = tree_map(part, (args, {**kwargs, hub.KEYWORD: None}))
             return forward(self, *given, **{**named, hub.KEYWORD: attention})
 
         try:
             run(last.rest, _KeysAlone())
         except _FoundKeys as found:
-            attention = _NeededQueries(context.prefix, last, found, caches)  # type: ignore[union-attr]
-            return tree_map(last.spread, run(last.needed, attention))
+            return tree_map(last.spread, run(last.needed, _NeededQueries(context, last, found)))  # type: ignore[arg-type]
         raise RuntimeError(
             f"{type(self).__name__}: expected attention in the last layer, got none; patch the model again"
         )
@@ -70,26 +64,17 @@ class _KeysAlone:
 class _NeededQueries:
     """In the place of a context: the needed queries read the keys of all tokens."""
 
-    def __init__(self, prefix: hub.PrefixContext, last: LastTokens, rest: _FoundKeys, caches: list[Any]) -> None:
-        self.context = PackedContext(prefix, last.rows)
+    def __init__(self, context: PackedContext, last: LastTokens, rest: _FoundKeys) -> None:
+        self.context = PackedContext(context.prefix, last.rows, context.kept)
         self.last = last
         self.rest = rest
-        self.caches = caches
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """Attention of the needed tokens [1, H, needed, D]."""
         key, value = self.last.joined(key, self.rest.key), self.last.joined(value, self.rest.value)
-        for cache in self.caches[:1]:
-            cache.update(key, value, module.layer_idx)
         return self.context.attend(module, query, key, value, mask, **options)
-
-
-def _is_cache(value: Any) -> bool:
-    from transformers import Cache
-
-    return isinstance(value, Cache)
 
 
 def step_in(model: nn.Module) -> None:

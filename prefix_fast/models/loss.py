@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prefix_fast.models import packed
 from prefix_fast.models.head import frozen_head
-from prefix_fast.models.outputs import Draws, lazy_output
+from prefix_fast.models.outputs import Deferred, Draws, lazy_output
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
@@ -255,7 +255,8 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], state: 
     if rows is not None:
         targets = rows.pack(targets)
     draws = None if rows is None or rows.last is None else Draws(targets.device)
-    outputs = _run_base(model, plan, rest, rows)
+    kept: dict[int, tuple[Tensor, Tensor]] | None = {} if rows is not None and packed.wants_cache(model, rest) else None
+    outputs = _run_base(model, plan, rest, rows, kept)
     hidden = outputs.last_hidden_state
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -266,8 +267,8 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], state: 
     fields = {name: getattr(outputs, inner, None) for name, inner in plan.output_fields.items()}
     if plan.output_class is None or torch.compiler.is_compiling():
         return plan.output_class(loss=loss, logits=None, **fields)  # type: ignore[misc]
-    if rows is not None and fields.get("past_key_values") is not None:
-        fields["past_key_values"] = packed.unpack_cache(fields["past_key_values"], rows)
+    if kept and rows is not None and "past_key_values" in fields:
+        fields["past_key_values"] = Deferred(functools.partial(packed.unpacked_cache, model.config, kept, rows))
 
     def logits() -> Tensor:
         if rows is None:
@@ -277,14 +278,20 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], state: 
         state.trims = False  # who reads them once reads them in every step
         whole = dataclasses.replace(rows, last=None)
         with draws.again():
-            return plan.logits(model, whole.unpack(_run_base(model, plan, rest, whole).last_hidden_state))
+            return plan.logits(model, whole.unpack(_run_base(model, plan, rest, whole, None).last_hidden_state))
 
     return lazy_output(plan.output_class, logits, dtype, loss=loss, **fields)
 
 
-def _run_base(model: Any, plan: LossPlan, arguments: dict[str, Any], rows: packed.PaddedRows | None) -> Any:
-    """The base's output, of the whole batch or of packed rows of it."""
-    rest = dict(arguments) if rows is None else packed.packed_arguments(arguments, rows)
+def _run_base(
+    model: Any,
+    plan: LossPlan,
+    arguments: dict[str, Any],
+    rows: packed.PaddedRows | None,
+    kept: dict[int, tuple[Tensor, Tensor]] | None,
+) -> Any:
+    """The base's output, of the whole batch or of packed rows of it, whose keys and values are then `kept`."""
+    rest = dict(arguments) if rows is None else packed.packed_arguments(arguments, rows, kept)
     given = {inner: rest.pop(outer, None) for inner, outer in plan.base_arguments.items()}
     base = functools.reduce(getattr, plan.base, model)
     return base(**given, **(rest if plan.extra_arguments else {}))

@@ -1,4 +1,4 @@
-"""Model outputs whose logits are computed, with their graph, when something first reads them.
+"""Model outputs whose logits (and cache) are computed, with their graph, when something first reads them.
 
 Attribute, key, index, `to_tuple` and `dict` give the tensor. `items` and `values` give a stand-in until then, because
 accelerate rebuilds every output of a mixed-precision step from its items, with `float()` on each half-precision one.
@@ -18,7 +18,25 @@ from torch.utils._pytree import tree_map
 _OPERATORS = ("getitem", "len", "iter", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul")
 
 
-class DeferredLogits:
+class Deferred:
+    """Stands in for a field of an output that nothing has read.
+
+    Args:
+        compute: gives the field.
+    """
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self._compute: Callable[[], Any] | None = compute
+        self._value: Any = None
+
+    def value(self) -> Any:
+        """The field, computed the first time."""
+        if self._compute is not None:
+            self._value, self._compute = self._compute(), None
+        return self._value
+
+
+class DeferredLogits(Deferred):
     """Stands in for logits that nothing has read; any use of it other than `dtype` and `float()` computes them.
 
     Args:
@@ -27,28 +45,21 @@ class DeferredLogits:
     """
 
     def __init__(self, compute: Callable[[], Tensor], dtype: torch.dtype) -> None:
+        super().__init__(compute)
         self.dtype = dtype
-        self._compute: Callable[[], Tensor] | None = compute
-        self._tensor: Tensor | None = None
-
-    def tensor(self) -> Tensor:
-        """The logits, computed the first time."""
-        if self._compute is not None:
-            self._tensor, self._compute = self._compute(), None
-        return self._tensor  # type: ignore[return-value]
 
     def float(self) -> DeferredLogits:
         """The logits in float32, deferred as they are."""
-        return DeferredLogits(lambda: self.tensor().float(), torch.float32)
+        return DeferredLogits(lambda: self.value().float(), torch.float32)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # of a bare instance, as copy makes one
             raise AttributeError(name)
-        return getattr(self.tensor(), name)
+        return getattr(self.value(), name)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, cls) else x, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda x: x.value() if isinstance(x, cls) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -76,7 +87,7 @@ class Draws:
 
 def _operator(name: str) -> Callable:
     def method(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self.tensor(), name)(*args)
+        return getattr(self.value(), name)(*args)
 
     method.__name__ = name
     return method
@@ -94,7 +105,7 @@ def lazy_output(output_class: type, compute: Callable[[], Tensor], dtype: torch.
     Args:
         output_class: of transformers, with a field `logits`.
         compute: gives the logits; dtype: theirs.
-        fields: the other fields, the loss among them.
+        fields: the other fields, the loss among them; each may be `Deferred`.
     """
     device = fields["loss"].device.type
     grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(device)
@@ -110,28 +121,26 @@ def lazy_output(output_class: type, compute: Callable[[], Tensor], dtype: torch.
 @functools.cache
 def _lazy_class(output_class: Any) -> Any:
     class LazyOutput(output_class):
-        def _read(self) -> None:
-            held = self.__dict__.get("logits")
-            if isinstance(held, DeferredLogits):
-                self["logits"] = held.tensor()
+        def _read(self, name: Any) -> None:
+            held = self.__dict__.get(name)
+            if isinstance(held, Deferred):
+                self[name] = held.value()
 
         def __getattribute__(self, name: str) -> Any:
-            if name == "logits":
-                self._read()
+            if name in output_class.__dataclass_fields__:
+                self._read(name)
             return super().__getattribute__(name)
 
         def __getitem__(self, key: Any) -> Any:
             if isinstance(key, int):
                 key = tuple(self.keys())[key]
             if isinstance(key, str):
-                if key == "logits":
-                    self._read()
+                self._read(key)
                 return dict.__getitem__(self, key)
             return self.to_tuple()[key]
 
         def get(self, key: Any, default: Any = None) -> Any:
-            if key == "logits":
-                self._read()
+            self._read(key)
             return super().get(key, default)
 
         def __reduce__(self) -> Any:

@@ -64,9 +64,10 @@ class Rows:
 class PackedContext:
     """In the place of the `PrefixContext`, whose prefix every row reads first."""
 
-    def __init__(self, prefix: hub.PrefixContext, rows: Rows) -> None:
+    def __init__(self, prefix: hub.PrefixContext, rows: Rows, kept: dict[int, tuple[Tensor, Tensor]] | None = None):
         self.prefix = prefix
         self.rows = rows
+        self.kept = kept  # where each layer's keys and values go, if anywhere
 
     def attend(
         self,
@@ -91,8 +92,12 @@ class PackedContext:
         rows = self.rows
         window = self._window(module, mask, position_bias)
         segments = self.prefix.segments(sites.site_of(module), query, key, mask)
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        key, value = key[: rows.keys], value[: rows.keys]
+        if self.kept is not None:
+            self.kept[module.layer_idx] = (key, value)
+        # Views whose backward is one: a selected or cut tensor's fills zeros and copies.
+        query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        if len(key) > rows.keys:
+            key, value = key[: rows.keys], value[: rows.keys]
         out = segment_attention(
             query,
             key,
@@ -197,7 +202,7 @@ class LastTokens:
 
     def joined(self, needed: Tensor, rest: Tensor) -> Tensor:
         """[1, Hkv, ..., D] of both, in the order of the packed tokens."""
-        tokens = torch.cat([needed[0].transpose(0, 1), rest[0].transpose(0, 1)])
+        tokens = torch.cat([needed.squeeze(0).transpose(0, 1), rest.squeeze(0).transpose(0, 1)])
         return tokens.index_select(0, self.order).transpose(0, 1).unsqueeze(0)
 
     def spread(self, states: Any) -> Any:
@@ -249,7 +254,7 @@ def padding_free(model: Any, arguments: dict[str, Any], targets: Tensor, ignored
         return None
     if mask is None:
         mask = torch.ones_like(targets)
-    if not isinstance(mask, Tensor) or mask.shape != targets.shape or not _can_pack(model, arguments.get("use_cache")):
+    if not isinstance(mask, Tensor) or mask.shape != targets.shape or not _can_pack(model):
         return None
     attended, predicts = mask.bool(), targets != ignored
     alone = predicts & ~attended
@@ -293,8 +298,14 @@ def _last_tokens(rows: PaddedRows, attended: Tensor, predicts: Tensor, alone: Te
     return LastTokens(needed, rest, order, of_queries)
 
 
-def packed_arguments(arguments: dict[str, Any], rows: PaddedRows) -> dict[str, Any]:
-    """The arguments of the call on packed rows: tokens and what is given for each, and the context."""
+def packed_arguments(
+    arguments: dict[str, Any], rows: PaddedRows, kept: dict[int, tuple[Tensor, Tensor]] | None
+) -> dict[str, Any]:
+    """The arguments of the call on packed rows: tokens and what is given for each, and the context.
+
+    Args:
+        kept: where each layer's keys and values [1, Hkv, total, D] go, in the place of a cache.
+    """
     packed = dict(arguments)
     for name in _PER_TOKEN:
         if packed.get(name) is not None:
@@ -302,28 +313,34 @@ def packed_arguments(arguments: dict[str, Any], rows: PaddedRows) -> dict[str, A
     packed["attention_mask"] = torch.ones_like(packed["position_ids"])  # or restarting positions mean several texts
     batch = rows.shape[0]
     readers = torch.arange(rows.cu_seqlens_q.numel() - 1, device=rows.index.device) % batch
-    packed[hub.KEYWORD] = PackedContext(_for_rows(packed[hub.KEYWORD], readers), rows)
+    packed[hub.KEYWORD] = PackedContext(_for_rows(packed[hub.KEYWORD], readers), rows, kept)
+    packed["use_cache"] = False
     return packed
 
 
-def unpack_cache(cache: Any, rows: PaddedRows) -> Any:
-    """The keys and values that a forward on packed rows has kept, as of the padded batch."""
-    for layer in getattr(cache, "layers", ()):
-        layer.keys, layer.values = (
-            rows.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (layer.keys, layer.values)
-        )
+def wants_cache(model: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the call, as of the class, would return a cache."""
+    asked = arguments.get("use_cache")
+    asked = getattr(model.config, "use_cache", True) if asked is None else asked
+    return bool(asked) and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def unpacked_cache(config: Any, kept: dict[int, tuple[Tensor, Tensor]], rows: PaddedRows) -> Any:
+    """The cache of the padded batch, of the keys and values that a forward on packed rows has kept."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    for layer, states in sorted(kept.items()):
+        key, value = (rows.unpack(part.transpose(1, 2)).transpose(1, 2) for part in states)
+        cache.update(key, value, layer)
     return cache
 
 
-def _can_pack(model: Any, use_cache: bool | None) -> bool:
+def _can_pack(model: Any) -> bool:
     """Whether the model's tokens meet in attention alone, each counts once, and what it returns can be unpacked."""
     config = model.config
     if getattr(config, "output_router_logits", False) or getattr(config, "output_hidden_states", False):
         return False
-    kinds = {*(getattr(config, "layer_types", None) or ()), "full_attention"}
-    windows = kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None
-    if windows and (getattr(config, "use_cache", True) if use_cache is None else use_cache):
-        return False  # such a cache would keep the last of all packed tokens
     return not any(isinstance(module, _MIXERS) for module in model.modules())
 
 
