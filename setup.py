@@ -17,7 +17,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("csrc/bindings.cpp", *(f"csrc/cpu/{n}.cpp" for n in ("forward", "backward", "cross_entropy", "peak")))
+KERNELS = ("forward", "backward", "cross_entropy", "pointwise", "peak")
+SOURCES = ("csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in KERNELS))
 
 # -march=native is never used: a wheel runs on machines other than the one that built it. F16C comes with every AVX2.
 X86_FLAGS = {

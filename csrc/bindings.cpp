@@ -12,6 +12,7 @@
 #include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/peak.h"
+#include "cpu/pointwise.h"
 #include "cpu/problem.h"
 #include "tensor_info.h"
 
@@ -270,6 +271,49 @@ void run_cross_entropy(py::handle logits, py::handle target, py::handle weight, 
     prefix_fast::cross_entropy(rows);
 }
 
+prefix_fast::Activation activation_of(const std::string& name) {
+    if (name == "silu") return prefix_fast::Activation::kSilu;
+    if (name == "gelu_tanh") return prefix_fast::Activation::kGeluTanh;
+    throw py::value_error("gated: expected silu or gelu_tanh, got " + name);
+}
+
+char* data_of(py::handle tensor) {
+    return tensor.is_none() ? nullptr : describe(tensor).data;
+}
+
+void run_gated_forward(py::handle gate, py::handle up, py::handle out, const std::string& activation,
+                       int threads) {
+    const TensorInfo x = describe(out);
+    prefix_fast::Gated unit;
+    unit.gate = data_of(gate), unit.up = data_of(up), unit.out = x.data;
+    unit.count = x.size[0], unit.dtype = float_type(x);
+    unit.activation = activation_of(activation), unit.threads = threads;
+    py::gil_scoped_release unlocked;
+    prefix_fast::gated_forward(unit);
+}
+
+void run_gated_backward(py::handle grad, py::handle gate, py::handle up, py::handle gate_grad,
+                        py::handle up_grad, const std::string& activation, int threads) {
+    const TensorInfo x = describe(gate_grad);
+    prefix_fast::Gated unit;
+    unit.grad = data_of(grad), unit.gate = data_of(gate), unit.up = data_of(up);
+    unit.gate_grad = x.data, unit.up_grad = data_of(up_grad);
+    unit.count = x.size[0], unit.dtype = float_type(x);
+    unit.activation = activation_of(activation), unit.threads = threads;
+    py::gil_scoped_release unlocked;
+    prefix_fast::gated_backward(unit);
+}
+
+// `grad` None: the forward.
+void run_rms_norm(py::handle grad, py::handle x, py::handle weight, py::handle out, float eps, float offset,
+                  int threads) {
+    const TensorInfo rows = describe(out);
+    const prefix_fast::RmsNorm norm{data_of(x),   data_of(weight),  data_of(grad), rows.data, rows.size[0],
+                                    rows.size[1], float_type(rows), eps,           offset,    threads};
+    py::gil_scoped_release unlocked;
+    norm.grad == nullptr ? prefix_fast::rms_norm_forward(norm) : prefix_fast::rms_norm_backward(norm);
+}
+
 // For each phase of "forward" or "backward" (of everything), the multiply-adds of its items in the order in
 // which threads take them.
 py::list partition(py::handle problem, const std::string& pass) {
@@ -327,6 +371,9 @@ PYBIND11_MODULE(PREFIX_FAST_MODULE, m) {
     m.def("forward", &run_forward);
     m.def("backward", &run_backward);
     m.def("cross_entropy", &run_cross_entropy);
+    m.def("gated_forward", &run_gated_forward);
+    m.def("gated_backward", &run_gated_backward);
+    m.def("rms_norm", &run_rms_norm);
     m.def("partition", &partition);
     m.def("supported_isas", &supported_isas);
     m.def("has_openmp", &has_openmp);

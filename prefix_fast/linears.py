@@ -43,6 +43,8 @@ LEAST_GAIN = 0.05  # share of PyTorch's time that oneDNN must save
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.3, 3, 30  # of one measurement
 _FORMAT = 1  # of the files, and of what is timed
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class Product(NamedTuple):
     """What a decision is about: a product x · Wᵀ with W of a dtype and layout and a class of rows of x."""
@@ -146,25 +148,40 @@ def frozen_linear(x: Any, weight: Any, bias: Any, transposed: bool = False) -> T
 
 
 def _can_apply(x: Any, weight: Any, bias: Any, transposed: bool) -> bool:
-    """Whether the tensors are plain, frozen, on the CPU and of one dtype, and nobody watches PyTorch's operators."""
-    if type(x) is not Tensor or not isinstance(weight, Tensor) or not x.is_cpu or x.dtype not in DTYPES:
+    """Whether this is the product of a plain CPU tensor and frozen ones, outside of autocast."""
+    if not are_plain(x) or not is_frozen(weight, x) or not (bias is None or is_frozen(bias, x)):
         return False
-    if x.dim() < 2 or x.numel() == 0 or x.shape[-1] != weight.shape[0 if transposed else 1]:
+    if x.dim() < 2 or x.shape[-1] != weight.shape[0 if transposed else 1]:
         return False
-    for parameter in (weight, bias):
-        if parameter is None:
-            continue
-        if type(parameter) not in (Tensor, torch.nn.Parameter) or parameter.requires_grad:
-            return False
-        if parameter.dtype != x.dtype or not parameter.is_cpu or not parameter.is_contiguous():
+    return not torch.is_autocast_enabled("cpu") and torch._C._get_mkldnn_enabled()
+
+
+def are_plain(*tensors: Any) -> bool:
+    """Whether these are plain, non-empty CPU tensors of our dtypes, and nobody watches PyTorch's operators."""
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in DTYPES or tensor.numel() == 0:
             return False
     return not (
-        torch.is_autocast_enabled("cpu")
-        or not torch._C._get_mkldnn_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0  # a mode counts, fakes or records PyTorch's own operators
+        torch._C._len_torch_dispatch_stack() > 0  # a mode counts, fakes or records PyTorch's own operators
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()
+    )
+
+
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether a module has hooks or a forward of its own, so that it has to be called as it is."""
+    return "forward" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS)
+
+
+def is_frozen(parameter: Any, x: Tensor) -> bool:
+    """Whether a weight or bias is a plain contiguous CPU tensor of x's dtype that takes no gradient."""
+    return (
+        type(parameter) in (Tensor, torch.nn.Parameter)
+        and not parameter.requires_grad
+        and parameter.dtype == x.dtype
+        and parameter.is_cpu
+        and parameter.is_contiguous()
     )
 
 

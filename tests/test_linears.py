@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from prefix_fast import linears, patch, unpatch
 from prefix_fast.linears import Product, Times
 from prefix_fast.models import linears as hosts_linears
-from prefix_fast.models.linears import FrozenLinear, FusedGELU, Stepped
+from prefix_fast.models.linears import FrozenLinear
+from prefix_fast.models.pointwise import FusedGELU
+from prefix_fast.models.stepped import Stepped
 
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 ROW_COUNTS = (1, 5, 64)
@@ -56,7 +58,7 @@ def measured(monkeypatch):
     return made
 
 
-def stepped(model, kind=Stepped):
+def stepped(model, kind=(FrozenLinear, FusedGELU)):
     return [module for module in model.modules() if isinstance(module, kind)]
 
 

@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from prefix_fast import linears
 from prefix_fast.models import hosts, hub
-from prefix_fast.models.linears import Stepped
 from prefix_fast.models.packed import LastTokens, PackedContext
+from prefix_fast.models.stepped import Stepped
 
 
 class LastLayer(Stepped):
@@ -80,7 +81,7 @@ class _NeededQueries:
 def step_in(model: nn.Module) -> None:
     """Let the last layer of a patched decoder-only model compute what is needed, where it is found."""
     layer = _last_layer(model)
-    if layer is not None and "forward" not in layer.__dict__ and not hosts.is_patched(layer):
+    if layer is not None and not linears.is_watched(layer) and not hosts.is_patched(layer):
         own_class: Any = type(layer)
         layer.__class__ = hosts.patched_class(own_class, LastLayer)
 

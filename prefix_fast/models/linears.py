@@ -1,4 +1,4 @@
-"""Which modules of a patched model compute otherwise while it is frozen: linear layers, and GPT-2's chain of a GELU.
+"""Which modules of a patched model compute otherwise while it is frozen: linear layers, and chains of `pointwise`.
 
 The module's class steps aside as the model's does (see `hosts`); it has nothing to remember, so copies and pickles are
 as ever. Every call looks whether it still may: a weight that is trained again, another device or dtype, autocast and
@@ -7,27 +7,18 @@ torch.compile run the class's own forward.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from prefix_fast import linears
-from prefix_fast.models import hosts
+from prefix_fast.models import hosts, pointwise
+from prefix_fast.models.stepped import Stepped
 
 LEAST_WEIGHT = 2**16  # elements; the product with a smaller weight takes no longer than the choice
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Stepped:
-    """A module that computes otherwise than its class does."""
-
-    _prefix_fast_class: Any
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return hosts._rebuild, (self._prefix_fast_class, hosts._mixin_of(type(self))), self.__dict__
 
 
 class FrozenLinear(Stepped):
@@ -49,28 +40,18 @@ class FrozenConv1D(FrozenLinear):
     _transposed = True
 
 
-class FusedGELU(Stepped):
-    """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))) in one pass."""
-
-    def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if len(args) == 1 and isinstance(args[0], Tensor) and linears.choice() != "0":
-            return F.gelu(args[0], approximate="tanh")
-        return forward(self, *args, **kwargs)
-
-
 def step_in(model: Any) -> None:
     """Let the frozen parts of a patched model compute in their faster way; the prefix is not among them."""
     step_out(model)
     if linears.choice() == "0":
         return
-    mixins = _mixins()
     parts: list[Any] = list(_own_modules(model))
     frozen = not any(parameter.requires_grad for part in parts for parameter in part.parameters(recurse=False))
     dtypes: set[torch.dtype] = set()
     for module in parts:
         own_class: Any = type(module)
-        mixin = mixins.get(own_class)
-        if mixin is None or "forward" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS):
+        mixin: Any = _mixins().get(own_class) or pointwise.mixin_of(module)
+        if mixin is None or linears.is_watched(module):
             continue
         if issubclass(mixin, FrozenLinear):
             if not _can_step_in(module):
@@ -89,16 +70,11 @@ def step_out(model: Any) -> None:
             module.__class__ = type(module)._prefix_fast_class
 
 
+@functools.cache
 def _mixins() -> dict[Any, Any]:
-    from transformers.activations import FastGELUActivation, NewGELUActivation
     from transformers.pytorch_utils import Conv1D
 
-    return {
-        nn.Linear: FrozenLinear,
-        Conv1D: FrozenConv1D,
-        NewGELUActivation: FusedGELU,
-        FastGELUActivation: FusedGELU,
-    }
+    return {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D}
 
 
 def _can_step_in(module: Any) -> bool:
