@@ -62,6 +62,9 @@ class TextStep(Step):
 
     Args:
         patched: whether the PeftModel is patched. shared: each table is computed once.
+
+    Attributes:
+        padding, labelled: the parts of the padded batch that are padding, and that have a label.
     """
 
     def __init__(self, size: Texts, patched: bool, shared: bool = False) -> None:
@@ -77,7 +80,10 @@ class TextStep(Step):
         features = [
             {"source_ids": tables[row // size.per_table], "target_ids": tokens(*TEXT)} for row in range(size.rows)
         ]
-        self.given: dict[str, Any] = SharedSourceCollator(0)(features) if shared else padded(features)
+        rows = padded(features)
+        self.padding = 1 - float(rows["attention_mask"].float().mean())
+        self.labelled = float((rows["labels"] >= 0).float().mean())
+        self.given: dict[str, Any] = SharedSourceCollator(0)(features) if shared else rows
 
     def batch(self) -> dict[str, Tensor]:
         """The arguments of the model's forward."""
