@@ -1,7 +1,8 @@
-"""What pyproject.toml cannot say: the C++ extensions, one per instruction set, and the folder of the Triton kernels."""
+"""What pyproject.toml cannot say: the C++ extensions (one per instruction set), the CUDA one, the Triton folder."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -11,6 +12,7 @@ import sysconfig
 import tempfile
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pybind11
 from setuptools import Extension, setup
@@ -68,8 +70,33 @@ def openmp_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (), ()
 
 
+def load_cuda_build() -> ModuleType:
+    """prefix_fast/cuda_build.py, without the package, which imports torch."""
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "prefix_fast" / "cuda_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_build = load_cuda_build()
+CUDA_EXTENSION = f"prefix_fast.{cuda_build.MODULE}"
+
+
+def cuda_extensions() -> list[Extension]:
+    """The CUDA extension where nvcc is found and architectures are asked for, or a card is in this machine.
+
+    Its kernels take minutes to compile, so a machine without a card does not build them unasked.
+    """
+    architectures = cuda_build.wanted_architectures()
+    if architectures and cuda_build.find_toolkit() is None:
+        if os.environ.get(cuda_build.VARIABLE):
+            warnings.warn(f"{cuda_build.VARIABLE} is set but there is no nvcc: installing without the CUDA kernels")
+        return []
+    return [Extension(CUDA_EXTENSION, [])] if architectures else []
+
+
 class NinjaBuild(build_ext):
-    """Compiles all sources of all instruction sets in one parallel ninja run."""
+    """Compiles all sources of all instruction sets, and the CUDA kernels, in one parallel ninja run."""
 
     def build_extensions(self) -> None:
         folder = Path(self.build_temp).resolve()
@@ -90,7 +117,10 @@ class NinjaBuild(build_ext):
             "  command = $cxx $in $ldflags -o $out",
         ]
         for extension in self.extensions:
-            lines += self.statements(extension, folder)
+            if extension.name == CUDA_EXTENSION:
+                lines += self.cuda_statements(extension, folder)
+            else:
+                lines += self.statements(extension, folder)
         build_file = folder / "build.ninja"
         build_file.write_text("\n".join(lines) + "\n")
         subprocess.run([ninja(), "-f", str(build_file), "-C", str(folder)], check=True)
@@ -107,6 +137,14 @@ class NinjaBuild(build_ext):
             objects.append(escape_path(built))
             lines += [f"build {escape_path(built)}: compile {escape_path(ROOT / source)}", f"  isa = {flags}"]
         return [*lines, f"build {escape_path(target)}: link {' '.join(objects)}"]
+
+    def cuda_statements(self, extension: Extension, folder: Path) -> list[str]:
+        """Rules and statements of the CUDA extension."""
+        toolkit, architectures = cuda_build.find_toolkit(), cuda_build.wanted_architectures()
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        csrc = ROOT / "csrc"
+        rules = cuda_build.ninja_rules(toolkit, csrc, architectures, pybind11.get_include())
+        return [*rules, *cuda_build.ninja_statements(toolkit, csrc, architectures, folder, target)]
 
 
 def escape(argument: str) -> str:
@@ -142,6 +180,7 @@ setup(
     ext_modules=[
         Extension(f"prefix_fast._native_{level}", [str(s) for s in SOURCES], extra_compile_args=list(flags))
         for level, flags in instruction_sets().items()
-    ],
+    ]
+    + cuda_extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

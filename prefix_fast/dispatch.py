@@ -15,9 +15,9 @@ from torch import Tensor
 from prefix_fast import ops
 from prefix_fast.backends.problem import Facts, Problem
 
-ORDER = ("triton", "cpu", "reference")  # what "auto" tries
-_LATER = {"cuda": "this release has no cuda backend"}
-NAMES = ("auto", *ORDER, *_LATER)
+ORDER = ("triton", "cuda", "cpu", "reference")  # what "auto" tries
+NAMES = ("auto", *ORDER)
+MOST_SETS_OF_CUDA = 4
 
 
 class BackendInfo(NamedTuple):
@@ -36,13 +36,11 @@ def backends() -> list[BackendInfo]:
         backend = ops.load_backend(name)
         reason = backend.availability()
         infos.append(BackendInfo(name, reason is None, reason or "", backend.device()))
-    return infos + [BackendInfo(name, False, reason, "cuda") for name, reason in _LATER.items()]
+    return infos
 
 
 def unsupported_reasons(name: str, facts: Facts) -> list[str]:
     """Why the backend cannot serve a call with these facts. Empty: it can."""
-    if name in _LATER:
-        return [_LATER[name]]
     backend = ops.load_backend(name)
     reason = backend.availability()
     return [reason] if reason else backend.unsupported_reasons(facts)
@@ -65,6 +63,7 @@ def facts_of(problem: Problem) -> Facts:
         "dropout": problem.dropout_p > 0,
         "packed": problem.cu_seqlens_q is not None or any(s.cu_seqlens is not None for s in sets),
         "mixed_prefix": any(s.key.dtype != query.dtype for s in sets),
+        "many_sets": len(sets) > MOST_SETS_OF_CUDA,
     }
     uses = tuple(name for name, used in present.items() if used)
     head_dim = len(range(query.shape[-1]))  # a plain int: tracing with dynamic shapes makes it a constant, unlike int()

@@ -21,6 +21,7 @@ from prefix_fast.backends.problem import Grads, Plan, Problem, SegmentSet, check
 BACKEND_MODULES = {
     "cpu": "prefix_fast.backends.native",
     "triton": "prefix_fast.backends.triton",
+    "cuda": "prefix_fast.backends.cuda",
     "reference": "prefix_fast.backends.reference",
 }
 

@@ -8,7 +8,7 @@ import pytest
 # From the bottom up; a module may import what stands on a lower line. A package stands for all its modules,
 # which may import one another if they are COHESIVE, except in a cycle.
 LAYERS = (
-    ("prefix_fast.kernels.primitives",),
+    ("prefix_fast.kernels.primitives", "prefix_fast.cuda_build"),
     ("prefix_fast.kernels.row_major", "prefix_fast.kernels.key_major"),
     ("prefix_fast.kernels.attend",),
     ("prefix_fast.kernels.prefix_attention_bwd_dq",),
@@ -21,7 +21,12 @@ LAYERS = (
     ("prefix_fast.backends.triton_forward",),
     ("prefix_fast.backends.triton_short",),
     ("prefix_fast.backends.triton_backward",),
-    ("prefix_fast.backends.reference", "prefix_fast.backends.native", "prefix_fast.backends.triton"),
+    (
+        "prefix_fast.backends.reference",
+        "prefix_fast.backends.native",
+        "prefix_fast.backends.triton",
+        "prefix_fast.backends.cuda",
+    ),
     ("prefix_fast.backends.native_cost", "prefix_fast.backends.cross_entropy", "prefix_fast.backends.pointwise"),
     ("prefix_fast.backends",),
     ("prefix_fast.ops", "prefix_fast.checks"),

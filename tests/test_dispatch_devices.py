@@ -99,7 +99,7 @@ def test_full_precision_is_vetted_for_the_precision_in_use():
 
 
 def test_backends_are_listed_in_the_order_of_auto():
-    assert [info.name for info in dispatch.backends()] == ["triton", "cpu", "reference", "cuda"]
+    assert [info.name for info in dispatch.backends()] == ["triton", "cuda", "cpu", "reference"]
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -130,9 +130,9 @@ BAD_CALLS = {
     "backend-unknown": (
         {"backend": "flash"},
         ValueError,
-        "expected backend to be one of auto, triton, cpu, reference, cuda.*got 'flash'",
+        "expected backend to be one of auto, triton, cuda, cpu, reference, got 'flash'",
     ),
-    "backend-later": ({"backend": "cuda"}, NotImplementedError, "this release has no cuda backend"),
+    "backend-elsewhere": ({"backend": "cuda"}, NotImplementedError, "cuda: (this installation|this machine|the cuda)"),
     "meta-cpu": (
         {name: torch.empty(B, HKV, T, D, device="meta") for name in ("query", "key", "value")}
         | {name: torch.empty(N, HKV, P, D, device="meta") for name in ("prefix_key", "prefix_value")}
@@ -218,7 +218,7 @@ def test_a_good_packed_call_passes():
 
 def test_environment_backend_replaces_auto_and_yields_to_an_argument(monkeypatch):
     monkeypatch.setenv("PREFIX_FAST_BACKEND", "cuda")
-    with pytest.raises(NotImplementedError, match="this release has no cuda backend"):
+    with pytest.raises(NotImplementedError, match=r"cuda: (this installation|this machine|the cuda)"):
         call()
     assert call(backend="reference").shape == (B, H, T, D)
     monkeypatch.setenv("PREFIX_FAST_BACKEND", "nonsense")

@@ -9,10 +9,10 @@
 
 namespace prefix_fast::cuda {
 
-// Adds one tile of keys to the state and the sums of this warp's rows. kEdge: some key of it may be hidden.
-template <typename Shape, bool kOptions, bool kEdge>
+// Adds one tile of keys to the state and the sums of this warp's rows. edge: some key of it may be hidden.
+template <typename Shape, bool kOptions, typename Edge>
 __device__ inline void attend_tile(const Call& call, const typename Shape::Queries& queries,
-                                   const Rows<Shape::M>& rows, const KeyTile& tile,
+                                   const Rows<Shape::M>& rows, const KeyTile& tile, Edge edge,
                                    const typename Shape::S* keys, float scale, State<Shape::M>& state,
                                    float (&sums)[Shape::M][Shape::D / 8][4]) {
     using T = typename Shape::T;
@@ -21,7 +21,7 @@ __device__ inline void attend_tile(const Call& call, const typename Shape::Queri
     fill_zero(scores);
     multiply_transposed<T, M, N, D>(scores, queries, keys);
     if (kOptions) natural_logits(scores, call, call.sets[tile.set].bias, rows, tile, scale);
-    if (kEdge) hide(scores, -infinity(), rows, tile, call.window);
+    if (edge) hide(scores, -infinity(), rows, tile, call.window);
     online_softmax_update<kOptions>(scores, unit_of<kOptions>(scale), state, sums);
     if (kOptions && call.seed != nullptr) {
 #pragma unroll
@@ -36,16 +36,16 @@ __device__ inline void attend_tile(const Call& call, const typename Shape::Queri
 }
 
 // Adds the tiles of a list.
-template <typename Shape, bool kOptions>
+template <typename Shape, bool kOptions, bool kTwoLoops>
 __device__ inline void attend(const Call& call, const typename Shape::Queries& queries,
                               const Rows<Shape::M>& rows, const TileList<Shape::kKeys>& list,
                               const Source& source, KeyTile tile, float scale, State<Shape::M>& state,
                               float (&sums)[Shape::M][Shape::D / 8][4]) {
-    walk<Shape>(list, source, [&](int start, const typename Shape::S* keys, auto edge) {
+    walk<Shape, kTwoLoops>(list, source, [&](int start, const typename Shape::S* keys, auto edge) {
         tile.start = start + Shape::first_key();
-        attend_tile<Shape, kOptions, decltype(edge)::value>(
-            call, queries, rows, tile, keys + Shape::first_key() * kPitch<typename Shape::T, Shape::D>, scale,
-            state, sums);
+        attend_tile<Shape, kOptions>(call, queries, rows, tile, edge,
+                                     keys + Shape::first_key() * kPitch<typename Shape::T, Shape::D>, scale,
+                                     state, sums);
     });
 }
 

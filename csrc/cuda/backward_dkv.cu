@@ -1,7 +1,7 @@
 // Gradients of keys and values, segment-major: a block of keys stays, the queries of all its readers pass by.
 //
-//     p_ij = e^{s_ij - lse_i}     dv_j = Σ_i p_ij do_i     ds_ij = p_ij (do_i·v_j - δ_i)     dk_j = scale Σ_i
-//     ds_ij q_i
+//     p_ij = e^{s_ij - lse_i}                dv_j = Σ_i p_ij do_i
+//     ds_ij = p_ij (do_i·v_j - δ_i)          dk_j = scale Σ_i ds_ij q_i
 //
 // The sum over i runs over all rows that read the segment, the heads of the group and their queries: one
 // product with the reduction dimension rows × group × Tq, accumulated in float32 registers. Products are
@@ -99,34 +99,18 @@ __device__ inline void gather(const Call& call, const Saved& saved, const Reader
                               float (&dv)[1][kValue ? Shape::D / 8 : 1][4]) {
     using T = typename Shape::T;
     using S = typename Shape::S;
-    constexpr int kStages = Shape::kStages, N = Shape::kQueries / 8, D = Shape::D;
+    constexpr int N = Shape::kQueries / 8, D = Shape::D;
     const auto* buffers = reinterpret_cast<const S*>(dynamic_shared);
     const auto* levels =
         reinterpret_cast<const float*>(dynamic_shared + Shape::kSharedBytes - Shape::kLevelBytes);
-    const int count = list.count();
-    __syncthreads();
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-        if (stage < count) load_query_tile<Shape>(call, saved, reader, list.start(stage), stage);
-        cp_async_commit();
-    }
-    int stage = 0;
-    const auto step = [&](int index, auto edge) {
-        cp_async_wait<kStages - 2>();
-        __syncthreads();
-        const int next = index + kStages - 1;
-        if (next < count) {
-            load_query_tile<Shape>(call, saved, reader, list.start(next),
-                                   stage == 0 ? kStages - 1 : stage - 1);
-        }
-        cp_async_commit();
+    const auto use = [&](int start, int stage, auto edge) {
         const S* queries = buffers + 2 * stage * Shape::kTileElements;
         const float* level = levels + 2 * stage * Shape::kQueries;
-        const QueryColumns columns{list.start(index), level, level + Shape::kQueries};
+        const QueryColumns columns{start, level, level + Shape::kQueries};
         float weights[N][4];
         ScoreParts<N, kOptions> parts;
-        key_weights<Shape, kOptions, decltype(edge)::value>(call, reader.position, block, columns, keys,
-                                                            queries, weights, parts);
+        key_weights<Shape, kOptions>(call, reader.position, block, columns, edge, keys, queries, weights,
+                                     parts);
         if constexpr (kValue) {
             float kept[1][N][4];
             kept_weights(call, weights, parts, kept[0]);
@@ -141,13 +125,11 @@ __device__ inline void gather(const Call& call, const Saved& saved, const Reader
                 multiply_weights<T, 1, N, D>(dk, ds, queries);
             }
         }
-        stage = stage == kStages - 1 ? 0 : stage + 1;
     };
-#pragma unroll 1
-    for (int index = 0; index < list.full; ++index) step(index, std::false_type{});
-#pragma unroll 1
-    for (int index = list.full; index < count; ++index) step(index, std::true_type{});
-    cp_async_wait<0>();
+    const auto load = [&](int start, int stage) {
+        load_query_tile<Shape>(call, saved, reader, start, stage);
+    };
+    pipeline<Shape::kStages, !kOptions>(list, load, use);
 }
 
 // Stores a block of gradients, or a part of it: exact zeros where no key is valid.
@@ -284,7 +266,7 @@ __global__ void __launch_bounds__(kAddThreads)
 
 template <typename T>
 int backward_keys(const Call& call, const Saved& saved, const KeyGradients& given, void* stream) {
-    return with_head_dim(call.head_dim, [&](auto dim) {
+    return with_head_dim<T>(call.head_dim, [&](auto dim) {
         using Shape = DkvShapeOf<T, decltype(dim)::value>;
         const SegmentSet& set = call.sets[given.set];
         KeyGradients grads = given;

@@ -1,7 +1,7 @@
 // Gradient of the queries, row-major, and the small kernel that prepares both halves of the backward pass.
 //
-//     δ_i = Σ_d do_i·o_i - g_i     p_ij = e^{s_ij - lse_i}    ds_ij = p_ij (do_i·v_j - δ_i)   dq_i = scale
-//     Σ_j ds_ij k_j
+//     δ_i = Σ_d do_i·o_i - g_i               p_ij = e^{s_ij - lse_i}
+//     ds_ij = p_ij (do_i·v_j - δ_i)          dq_i = scale Σ_j ds_ij k_j
 //
 // lse is that of the whole chain, so each segment's part is independent of the others; g is the gradient of
 // lse. δ and lse are float32 in a scratch whose rows are padded to whole tiles: there, and for queries that
@@ -96,10 +96,10 @@ struct RowLevels {
 };
 
 // Adds Σ_j ds_ij k_j over one tile of keys.
-template <typename Shape, bool kOptions, bool kEdge>
+template <typename Shape, bool kOptions, typename Edge>
 __device__ inline void descend_tile(const Call& call, const typename Shape::Queries& queries,
                                     const typename Shape::Queries& grads, const Rows<Shape::M>& rows,
-                                    const RowLevels<Shape::M>& levels, const KeyTile& tile,
+                                    const RowLevels<Shape::M>& levels, const KeyTile& tile, Edge edge,
                                     const typename Shape::S* keys, float (&sums)[Shape::M][Shape::D / 8][4]) {
     using T = typename Shape::T;
     constexpr int M = Shape::M, N = Shape::kKeys / 8, D = Shape::D;
@@ -130,7 +130,7 @@ __device__ inline void descend_tile(const Call& call, const typename Shape::Quer
             }
         }
     }
-    if (kEdge) hide(scores, 0, rows, tile, call.window);
+    if (edge) hide(scores, 0, rows, tile, call.window);
     if (kOptions && call.seed != nullptr) {
         const float inverse = 1 / call.kept_share;
 #pragma unroll
@@ -192,10 +192,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
         const auto of_set = walk_of_row<Shape::kKeys>(call, s, query.row, kv_head, query.first + offset,
                                                       last + offset, sizeof(S));
         KeyTile tile = of_set.tile;
-        walk<Shape>(of_set.list, of_set.source, [&](int start, const S* keys, auto edge) {
+        walk<Shape, !kOptions>(of_set.list, of_set.source, [&](int start, const S* keys, auto edge) {
             tile.start = start;
-            descend_tile<Shape, kOptions, decltype(edge)::value>(call, queries, grads, rows, levels, tile,
-                                                                 keys, sums);
+            descend_tile<Shape, kOptions>(call, queries, grads, rows, levels, tile, edge, keys, sums);
         });
     }
 #pragma unroll
@@ -220,7 +219,7 @@ int prepare(const Call& call, const Saved& saved, void* stream) {
 
 template <typename T>
 int backward_queries(const Call& call, const Saved& saved, const Tokens& target, void* stream) {
-    return with_head_dim(call.head_dim, [&](auto dim) {
+    return with_head_dim<T>(call.head_dim, [&](auto dim) {
         using Shape = DqShapeOf<T, decltype(dim)::value>;
         const dim3 grid(query_tiles(call, Shape::kQueries), call.heads), block(Shape::kThreads);
         const auto run = [&](auto kernel) {

@@ -43,6 +43,17 @@ struct Place {
     }
 };
 
+// Raises where the stream is not of the device that the call's tensors are on.
+void check_stream(const Place& place, py::handle where) {
+    if (place.stream == nullptr) return;  // the current device's own
+    const int wanted = where.attr("index").cast<int>(), found = prefix_fast_device_of_stream(place.stream);
+    if (found >= 0 && found != wanted) {
+        throw py::value_error("cuda backend: expected a stream of cuda:" + std::to_string(wanted) +
+                              ", where the tensors are, got one of cuda:" + std::to_string(found) +
+                              "; enter torch.cuda.device first");
+    }
+}
+
 // cudaError_t as an exception; a launch has cleared what can be cleared of it.
 void check(int error, const char* what) {
     if (error == 0) return;
@@ -53,6 +64,7 @@ void check(int error, const char* what) {
 // Returns the name of the kernel that ran.
 std::string run_forward(py::handle problem, py::handle out, py::handle lse, py::handle where, bool tf32) {
     Place place(where);
+    check_stream(place, where);
     const Call call = read_call(problem, tf32);
     const bool packed = is_packed(call);
     const Results results{read_tokens(out, packed), read_levels(lse, packed)};
@@ -104,6 +116,7 @@ void differentiate_set(const Call& call, const Saved& saved, int index, py::hand
 void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle grad_out,
                   py::handle grad_lse, py::handle grads, py::handle where, bool tf32) {
     Place place(where);
+    check_stream(place, where);
     const Call call = read_call(problem, tf32);
     const bool packed = is_packed(call);
     const Launchers& launch = launchers_of(call);
@@ -130,6 +143,9 @@ void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle
 PYBIND11_MODULE(PREFIX_FAST_MODULE, m) {
     m.doc() = "Prefix attention on CUDA devices.";
     m.attr("maximum_sets") = kMaximumSets;
+    m.attr("architectures") = prefix_fast_architectures();
+    m.attr("runtime_version") = prefix_fast_runtime_version();
+    m.def("driver_version", &prefix_fast_driver_version);
     m.def("forward", &run_forward);
     m.def("backward", &run_backward);
 }

@@ -1,16 +1,15 @@
 // Forward of few queries, segment-major, in one launch: the queries of all readers of a segment against one
 // chunk of its keys; the block that ends the last part of a row merges its parts.
 //
-//     lse_ic = log Σ_{j in c} e^{s_ij}      out_ic = Σ_{j in c} e^{s_ij - lse_ic} v_j      for each chunk c
-//     of i's chain lse_i = log Σ_c e^{lse_ic} (the sink's logit among them)      out_i = Σ_c e^{lse_ic -
-//     lse_i} out_ic
+//     lse_ic = log Σ_{j in c} e^{s_ij}       out_ic = Σ_{j in c} e^{s_ij - lse_ic} v_j
+//     lse_i = log Σ_c e^{lse_ic}             out_i = Σ_c e^{lse_ic - lse_i} out_ic
 //
-// A tile of q holds rows × Tq × group queries that read one segment, so that its keys are read once for all
-// of them; own tokens are segments with one reader, a causal edge and a tile of Tq × group. Work items, one
-// set's after another's, are (segment, tile of its queries, chunk of its keys), those of own tokens among
-// them. Where a tile has at most 16 queries its warps share the keys instead of the queries. Parts are
-// float32 and added in the order of the chain, whichever block is last, so the bits do not depend on the
-// order of the blocks. No block waits for another.
+// for the chunks c of query i's chain. A tile of q holds rows × Tq × group queries that read one segment, so
+// that its keys are read once for all of them; own tokens are segments with one reader, a causal edge and a
+// tile of Tq × group. Work items, one set's after another's, are (segment, tile of its queries, chunk of its
+// keys), those of own tokens among them. Where a tile has at most 16 queries its warps share the keys instead
+// of the queries. Parts are float32 and added in the order of the chain, whichever block is last, so the bits
+// do not depend on the order of the blocks. No block waits for another.
 #include "attend.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
@@ -18,17 +17,19 @@
 namespace prefix_fast::cuda {
 
 constexpr int kFewQueries = 16;
+template <int D>
+constexpr int kFoldPitch = D + 8;  // of rows of float32 sums: four rows of eight are in different banks
 
 // Tiles of many queries (a warp has 16 of them) and of few (the warps share 16).
 template <typename T, int D>
 struct DecodeShapes {
-    static constexpr int kWarps = D <= 128 ? 4 : 2;
+    static constexpr int kWarps = D <= (kIsHalf<T> ? 128 : 64) ? 4 : 2;
     static constexpr int kKeysOfWarp = kIsHalf<T> ? 16 : 8;
     using Many = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2>;
     using Few = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2, kWarps>;
     static constexpr int kThreads = Many::kThreads;
     static constexpr int kFolds =
-        kWarps * kFewQueries * (D + 2) * int{sizeof(float)};  // of the warps that share keys
+        kWarps * kFewQueries * (kFoldPitch<D> + 2) * int{sizeof(float)};  // of the warps that share keys
     static constexpr int kSharedBytes = Many::kSharedBytes > kFolds ? Many::kSharedBytes : kFolds;
 };
 
@@ -103,8 +104,8 @@ __device__ inline void fold_warps(const Call& call, const Partials& partials, co
                                   int kv_head, const State<1>& state, const float (&sums)[1][Shape::D / 8][4],
                                   bool natural) {
     constexpr int D = Shape::D, kWarps = Shape::kKeyWarps;
-    auto* outs = reinterpret_cast<float*>(dynamic_shared);  // [warps][16][D]
-    float* maxima = outs + kWarps * kFewQueries * D;        // [warps][16]
+    auto* outs = reinterpret_cast<float*>(dynamic_shared);        // [warps][16][kFoldPitch]
+    float* maxima = outs + kWarps * kFewQueries * kFoldPitch<D>;  // [warps][16]
     float* totals = maxima + kWarps * kFewQueries;
     __syncthreads();  // the tiles of keys have been read
 #pragma unroll
@@ -115,7 +116,7 @@ __device__ inline void fold_warps(const Call& call, const Partials& partials, co
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
             store_shared_8(
-                outs + row * D + 8 * n + lane_column(),
+                outs + row * kFoldPitch<D> + 8 * n + lane_column(),
                 uint2{__float_as_uint(sums[0][n][2 * half]), __float_as_uint(sums[0][n][2 * half + 1])});
         }
     }
@@ -142,7 +143,8 @@ __device__ inline void fold_warps(const Call& call, const Partials& partials, co
         for (int d = lane(); d < call.head_dim; d += kWarp) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) sum += outs[(w * kFewQueries + place) * D + d] * factors[w];
+            for (int w = 0; w < kWarps; ++w)
+                sum += outs[(w * kFewQueries + place) * kFoldPitch<D> + d] * factors[w];
             partials.out[slot * call.head_dim + d] = sum * inverse;
         }
     }
@@ -226,7 +228,8 @@ __device__ inline void compute_part(const Call& call, const Partials& partials, 
     float sums[1][Shape::D / 8][4];
     state.clear();
     fill_zero(sums);
-    attend<Shape, kOptions>(call, queries, rows, list, source, tile, positive_scale(call), state, sums);
+    attend<Shape, kOptions, false>(call, queries, rows, list, source, tile, positive_scale(call), state,
+                                   sums);
     if constexpr (Shape::kKeyWarps > 1) {
         fold_warps<Shape>(call, partials, item, kv_head, state, sums, kOptions);
     } else {
@@ -340,7 +343,7 @@ __global__ void __launch_bounds__(Shapes::kThreads)
 // queries. The tiles' sizes and numbers are filled in here.
 template <typename T>
 int decode(const Call& call, const Partials& given, const Results& results, void* stream) {
-    return with_head_dim(call.head_dim, [&](auto dim) {
+    return with_head_dim<T, true>(call.head_dim, [&](auto dim) {
         using Shapes = DecodeShapes<T, decltype(dim)::value>;
         Partials partials = given;
         const int width = call.max_queries * (call.heads / call.kv_heads);
@@ -375,7 +378,7 @@ int decode(const Call& call, const Partials& given, const Results& results, void
     PREFIX_FAST_EXPORT int prefix_fast_decode_tile_##name(int head_dim, bool many) {                      \
         using namespace prefix_fast::cuda;                                                                \
         if (!many) return kFewQueries;                                                                    \
-        return with_head_dim(                                                                             \
+        return with_head_dim<type, true>(                                                                 \
             head_dim, [](auto dim) { return DecodeShapes<type, decltype(dim)::value>::Many::kQueries; }); \
     }
 PREFIX_FAST_TYPES(PREFIX_FAST_DEFINE)

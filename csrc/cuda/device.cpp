@@ -2,8 +2,16 @@
 // behind.
 #include <cuda_runtime_api.h>
 
+#define PREFIX_FAST_TEXT_OF(text) #text
+#define PREFIX_FAST_TEXT(text) PREFIX_FAST_TEXT_OF(text)
+
 extern "C" const char* prefix_fast_error_name(int error) {
     return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+
+// The architectures whose machine code is linked in, as "80_90".
+extern "C" const char* prefix_fast_architectures() {
+    return PREFIX_FAST_TEXT(PREFIX_FAST_CUDA_ARCHITECTURES);
 }
 
 // Versions as 1000 · major + 10 · minor; 0: no driver.

@@ -78,15 +78,15 @@ __global__ void __launch_bounds__(Shape::kThreads)
     for (int s = 0; s <= call.num_sets; ++s) {
         const auto of_set = walk_of_row<Shape::kKeys>(call, s, query.row, kv_head, query.first + offset,
                                                       last + offset, sizeof(S));
-        attend<Shape, kOptions>(call, queries, rows, of_set.list, of_set.source, of_set.tile,
-                                positive_scale(call), state, sums);
+        attend<Shape, kOptions, !kOptions>(call, queries, rows, of_set.list, of_set.source, of_set.tile,
+                                           positive_scale(call), state, sums);
     }
     store_results<Shape, kOptions>(call, results, query, head, state, sums);
 }
 
 template <typename T>
 int forward(const Call& call, const Results& results, void* stream) {
-    return with_head_dim(call.head_dim, [&](auto dim) {
+    return with_head_dim<T>(call.head_dim, [&](auto dim) {
         using Shape = ForwardShapeOf<T, decltype(dim)::value>;
         const dim3 grid(query_tiles(call, Shape::kQueries), call.heads), block(Shape::kThreads);
         const auto run = [&](auto kernel) {

@@ -3,6 +3,8 @@
 //
 // A build may compile one type to an object (-DPREFIX_FAST_TYPE=fp16), or fewer head dims
 // (-DPREFIX_FAST_HEAD_DIMS="X(64) X(128)", ascending). A head dim takes the least tile that holds it.
+// Float32, and the split forward, which waits for memory, have tiles of powers of two alone: 80 and 96 would
+// not pay their compilation.
 #pragma once
 
 #include <type_traits>
@@ -22,10 +24,12 @@
 namespace prefix_fast::cuda {
 
 // run(std::integral_constant<int, D>) of the least compiled D that holds the head dim.
-template <typename Run>
+template <typename T, bool kPowersAlone = !kIsHalf<T>, typename Run>
 int with_head_dim(int head_dim, const Run& run) {
-#define X(D) \
-    if (head_dim <= D) return static_cast<int>(run(std::integral_constant<int, D>{}));
+#define X(D)                                                                                         \
+    if constexpr ((!kPowersAlone || (D & (D - 1)) == 0) && (D <= 128 || !std::is_same_v<T, Tf32>)) { \
+        if (head_dim <= D) return static_cast<int>(run(std::integral_constant<int, D>{}));           \
+    }
     PREFIX_FAST_HEAD_DIMS
 #undef X
     return static_cast<int>(cudaErrorInvalidValue);

@@ -170,10 +170,10 @@ __device__ inline void add_bias_of_keys(const Call& call, const Bias& bias, cons
     }
 }
 
-// Weights of a tile before dropout. kEdge: some query may not see some key.
-template <typename Shape, bool kOptions, bool kEdge, int N>
+// Weights of a tile before dropout. edge: some query may not see some key.
+template <typename Shape, bool kOptions, typename Edge, int N>
 __device__ inline void key_weights(const Call& call, const ReaderPosition& reader, const KeyBlock& block,
-                                   const QueryColumns& columns, const typename Shape::Keys& keys,
+                                   const QueryColumns& columns, Edge edge, const typename Shape::Keys& keys,
                                    const typename Shape::S* queries, float (&weights)[N][4],
                                    ScoreParts<N, kOptions>& parts) {
     fill_zero_tile(weights);
@@ -199,7 +199,7 @@ __device__ inline void key_weights(const Call& call, const ReaderPosition& reade
 #pragma unroll
         for (int i = 0; i < 4; ++i) weights[n][i] = exponential<kOptions>(weights[n][i], unit, levels[i % 2]);
     }
-    if (kEdge) hide_queries(call, reader, block, columns, weights);
+    if (edge) hide_queries(call, reader, block, columns, weights);
 }
 
 // Weights after dropout.

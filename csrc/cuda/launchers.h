@@ -48,14 +48,23 @@ PREFIX_FAST_DECLARE(fp32)
 PREFIX_FAST_DECLARE(tf32)
 
 // In device.cpp, and in the emulator.
-extern "C" const char* prefix_fast_error_name(int error);
+extern "C" {
+const char* prefix_fast_error_name(int error);
+const char* prefix_fast_architectures();
+int prefix_fast_driver_version();
+int prefix_fast_runtime_version();
+int prefix_fast_device_of_stream(void* stream);
+}
 
 namespace prefix_fast::cuda {
+
+// Beyond, the operands of tf32 have no room in registers.
+constexpr int kMostTf32 = 128;
 
 inline const Launchers& launchers_of(const Call& call) {
     if (call.dtype == kFloat16) return kLaunchers_fp16;
     if (call.dtype == kBFloat16) return kLaunchers_bf16;
-    return call.tf32 ? kLaunchers_tf32 : kLaunchers_fp32;
+    return call.tf32 && call.head_dim <= kMostTf32 ? kLaunchers_tf32 : kLaunchers_fp32;
 }
 
 }  // namespace prefix_fast::cuda

@@ -1,80 +1,23 @@
 // Tiles of rows in shared memory, and the two matrix products that all kernels are made of.
 //
-//     scores[i][j] += Σ_d left[i][d] right[j][d]        multiply_transposed: q·kᵀ, do·vᵀ, and with keys as
-//     rows k·qᵀ, v·doᵀ sums[i][d]   += Σ_j weights[i][j] right[j][d]     multiply_weights: p·v, ds·k, and
-//     with keys as rows pᵀ·do, dsᵀ·q
+//     scores[i][j] += Σ_d left[i][d] right[j][d]       multiply_transposed: q·kᵀ, do·vᵀ; k·qᵀ, v·doᵀ
+//     sums[i][d] += Σ_j weights[i][j] right[j][d]      multiply_weights: p·v, ds·k; pᵀ·do, dsᵀ·q
 //
 // A warp computes 16 M rows. Its sums are float32 in the layout of mma.m16n8k16's accumulators, whatever
 // computes them: lane 4 g + t has, of every 16 × 8 block, columns 2t and 2t+1 of the rows g and g + 8.
 // Weights are such sums, so they never leave registers. Rows of `right` lie in shared memory, an odd number
 // of 16-byte chunks apart: eight successive rows, and eight chunks of one row, are in different banks.
-//
-// T is __half or __nv_bfloat16 (tensor cores), float (FFMA, exact products) or Tf32 (float on tensor cores).
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "call.h"
+#include "elements.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
 #include "pipeline.cuh"
 
 namespace prefix_fast::cuda {
-
-struct Tf32 {};
-
-template <typename T>
-using Storage = std::conditional_t<std::is_same_v<T, Tf32>, float, T>;
-
-template <typename T>
-constexpr bool kIsHalf = sizeof(Storage<T>) == 2;
-template <typename T>
-constexpr int kChunk = 16 / sizeof(Storage<T>);  // elements of 16 bytes
-template <typename T, int D>
-constexpr int kPitch = D + kChunk<T>;
-constexpr int kWarp = 32;
-
-__device__ inline int lane() {
-    return threadIdx.x % kWarp;
-}
-__device__ inline int warp() {
-    return threadIdx.x / kWarp;
-}
-__device__ inline int lane_row() {  // g
-    return lane() / 4;
-}
-__device__ inline int lane_column() {  // 2t
-    return lane() % 4 * 2;
-}
-
-template <typename S>
-__device__ inline uint32_t packed(float low, float high);
-template <>
-__device__ inline uint32_t packed<__half>(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ inline uint32_t packed<__nv_bfloat16>(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-template <typename S>
-__device__ inline float2 unpacked(uint32_t pair);
-template <>
-__device__ inline float2 unpacked<__half>(uint32_t pair) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-template <>
-__device__ inline float2 unpacked<__nv_bfloat16>(uint32_t pair) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-}
-
-__device__ inline float as_float(uint32_t bits) {
-    return __uint_as_float(bits);
-}
 
 // ---- loads
 

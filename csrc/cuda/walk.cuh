@@ -37,6 +37,44 @@ struct TileList {
     }
 };
 
+// Like std::bool_constant, on the device.
+template <bool kValue>
+struct Constant {
+    __device__ constexpr operator bool() const { return kValue; }
+};
+
+// Calls load(start, stage) for every tile of a list kStages - 1 tiles ahead of use(start, stage, edge).
+template <int kStages, bool kTwoLoops, typename List, typename Load, typename Use>
+__device__ inline void pipeline(const List& list, const Load& load, const Use& use) {
+    const int count = list.count();
+    __syncthreads();
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+        if (stage < count) load(list.start(stage), stage);
+        cp_async_commit();
+    }
+    int stage = 0;
+    const auto step = [&](int index, auto edge) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        const int next = index + kStages - 1;
+        if (next < count) load(list.start(next), stage == 0 ? kStages - 1 : stage - 1);
+        cp_async_commit();
+        use(list.start(index), stage, edge);
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+    };
+    if constexpr (kTwoLoops) {
+#pragma unroll 1
+        for (int index = 0; index < list.full; ++index) step(index, Constant<false>{});
+#pragma unroll 1
+        for (int index = list.full; index < count; ++index) step(index, Constant<true>{});
+    } else {
+#pragma unroll 1
+        for (int index = 0; index < count; ++index) step(index, index >= list.full);
+    }
+    cp_async_wait<0>();
+}
+
 // Sizes of a forward kernel: kWarps / kKeyWarps warps have 16 M rows of queries each, and kKeyWarps share
 // their keys; kKeys keys are in a tile, kStages tiles in shared memory.
 template <typename T_, int kD, int kM, int kWarps_, int kKeys_, int kStages_, int kKeyWarps_ = 1>
@@ -111,35 +149,18 @@ __device__ inline void load_tile(const Source& source, int start, int stage) {
                                                           source.mask, source.head_dim, source.is_float32);
 }
 
-// Calls use(start, keys, edge) for the tiles of a list in turn: first those that every query sees whole (edge
-// is std::false_type), then the others. The values lie kTileElements behind the keys. All threads of the
-// block call it; the barrier at its start frees the buffers of the last walk.
-template <typename Shape, typename Use>
+// Calls use(start, keys, edge) for the tiles of a list in turn: first those that every query sees whole, then
+// the others, whose edge is true. With kTwoLoops the edge is a constant of either loop; without, it is asked
+// for each tile, in half the code. The values lie kTileElements behind the keys. All threads of the block
+// call it; the barrier at its start frees the buffers of the last walk.
+template <typename Shape, bool kTwoLoops, typename Use>
 __device__ inline void walk(const TileList<Shape::kKeys>& list, const Source& source, const Use& use) {
-    constexpr int kStages = Shape::kStages;
     const auto* buffers = reinterpret_cast<const typename Shape::S*>(dynamic_shared);
-    const int count = list.count();
-    __syncthreads();
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-        if (stage < count) load_tile<Shape>(source, list.start(stage), stage);
-        cp_async_commit();
-    }
-    int stage = 0;
-    const auto step = [&](int index, auto edge) {
-        cp_async_wait<kStages - 2>();
-        __syncthreads();
-        const int next = index + kStages - 1;
-        if (next < count) load_tile<Shape>(source, list.start(next), stage == 0 ? kStages - 1 : stage - 1);
-        cp_async_commit();
-        use(list.start(index), buffers + 2 * stage * Shape::kTileElements, edge);
-        stage = stage == kStages - 1 ? 0 : stage + 1;
-    };
-#pragma unroll 1
-    for (int index = 0; index < list.full; ++index) step(index, std::false_type{});
-#pragma unroll 1
-    for (int index = list.full; index < count; ++index) step(index, std::true_type{});
-    cp_async_wait<0>();
+    pipeline<Shape::kStages, kTwoLoops>(
+        list, [&](int start, int stage) { load_tile<Shape>(source, start, stage); },
+        [&](int start, int stage, auto edge) {
+            use(start, buffers + 2 * stage * Shape::kTileElements, edge);
+        });
 }
 
 // What a tile of the queries of one row and head walks of set `s`.

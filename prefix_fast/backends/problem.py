@@ -102,7 +102,7 @@ class Facts(NamedTuple):
     device: str
     dtype: torch.dtype
     head_dim: int
-    uses: tuple[str, ...]  # of: softcap, window, sinks, segment_bias, dropout, packed, mixed_prefix
+    uses: tuple[str, ...]  # of: softcap, window, sinks, segment_bias, dropout, packed, mixed_prefix, many_sets
     device_index: int = 0  # among those of its type
 
 
