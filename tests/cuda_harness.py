@@ -11,21 +11,15 @@ A launch ends where it would have gone wrong; what was found says check, source 
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from cuda_build import EMULATOR
+from random_calls import laid_out
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-EMULATOR, KERNELS = ROOT / "tests" / "cuda_emulator", ROOT / "csrc" / "cuda"
-BUILD = ROOT / "build" / "cuda_emulator"
 MARGIN = 4096  # bytes between buffers: an access beyond one is never an access to another
 
 CHECKS = (
@@ -35,25 +29,6 @@ CHECKS = (
 
 # Dynamic shared memory that a block may ask for.
 SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-
-COMMON_FLAGS = (
-    "-std=c++20", "-march=native", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init",
-    "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{EMULATOR}", f"-I{EMULATOR / 'include'}",
-)  # fmt: skip
-# Accesses must stay those of the source: no vectors, no merged stores, no aliasing rules that nvcc does not apply.
-KERNEL_FLAGS = (
-    "-O1", "-g1", "-x", "c++", "-DPREFIX_FAST_EMULATE", "-include", "cuda_on_cpu.h", f"-I{KERNELS}",
-    "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-vectorize",
-    "-fno-tree-slp-vectorize", "-fno-store-merging", "-fno-strict-aliasing", "-ffp-contract=fast", "-Wno-unused",
-)  # fmt: skip
-
-
-def unavailable() -> str:
-    """Why this machine cannot run the emulator; empty: it can."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return "the emulator's fibres are written for Linux on x86-64"
-    missing = [program for program in ("g++", "readelf", "addr2line") if shutil.which(program) is None]
-    return f"{', '.join(missing)} not found" if missing else ""
 
 
 class Finding(NamedTuple):
@@ -72,6 +47,14 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         where = " < ".join(self.lines) or "the launch"
         return f"{self.check}: {where}: block {self.block}, thread {self.thread}: {self.text} ({self.times} times)"
+
+
+class CaughtError(AssertionError):
+    """A check has failed: its name, and what it says."""
+
+    def __init__(self, check: str, text: str) -> None:
+        super().__init__(text)
+        self.check = check
 
 
 class Traffic(NamedTuple):
@@ -117,56 +100,6 @@ class _Traffic(ctypes.Structure):
     ]
 
 
-def compiled(source: Path, defines: tuple[str, ...] = (), text: str | None = None) -> Path:
-    """The shared object of a kernel's source (of `text` in its place, for mutants), compiled once for what is in it."""
-    headers = {path: path.read_bytes() for path in sorted(KERNELS.glob("*.cuh"))}
-    content = source.read_bytes() if text is None else text.encode()
-    key = _digest(content, *headers.values(), _runtime().name.encode(), *(d.encode() for d in defines), *KERNEL_FLAGS)
-    target = BUILD / f"{source.stem}-{key}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        path = source
-        if text is not None:
-            path = Path(folder) / source.name
-            path.write_text(text)
-        flags = (*COMMON_FLAGS, *KERNEL_FLAGS, f"-I{source.parent}", *(f"-D{d}" for d in defines))
-        _run("g++", *flags, "-c", path, "-o", f"{folder}/kernel.o")
-        _run("g++", "-shared", "-Wl,-Bsymbolic", f"{folder}/kernel.o", _runtime(), "-o", f"{folder}/kernel.so")
-        os.replace(f"{folder}/kernel.so", target)
-    return target
-
-
-@functools.cache
-def _runtime() -> Path:
-    """The emulator's own object."""
-    sources = sorted(EMULATOR.glob("*.cpp"))
-    headers = [*sorted(EMULATOR.glob("*.h")), *sorted(EMULATOR.glob("include/*.h"))]
-    version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
-    target = BUILD / f"emulator-{_digest(version, *(p.read_bytes() for p in (*sources, *headers)), *COMMON_FLAGS)}.o"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            whole = Path(folder) / "emulator.cpp"
-            whole.write_text("".join(f'#include "{path}"\n' for path in sources))
-            _run("g++", *COMMON_FLAGS, "-O2", "-c", whole, "-o", f"{folder}/emulator.o")
-            os.replace(f"{folder}/emulator.o", target)
-    return target
-
-
-def _digest(*parts: bytes | str) -> str:
-    content = hashlib.sha256()
-    for part in parts:
-        content.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
-    return content.hexdigest()[:16]
-
-
-def _run(*command: Any) -> None:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-8000:]}")
-
-
 @functools.cache
 def _load(library: Path) -> ctypes.CDLL:
     """The library, told where its shared variables lie: thread-local symbols, whose values are offsets."""
@@ -174,7 +107,7 @@ def _load(library: Path) -> ctypes.CDLL:
     elf = subprocess.run(["readelf", "-sW", "-C", library], capture_output=True, text=True, check=True).stdout
     for line in elf.splitlines():
         fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[3] == "TLS" and fields[6] != "UND":
+        if len(fields) == 8 and fields[3] == "TLS" and fields[6] != "UND" and "pybind11::" not in fields[7]:
             loaded.cuda_emulator_add_shared(
                 ctypes.c_uint64(int(fields[1], 16)), ctypes.c_uint64(int(fields[2], 0)), fields[7].encode()
             )
@@ -211,27 +144,33 @@ class Machine:
         self._loaded.cuda_emulator_begin(ctypes.byref(settings))
         self._memories: list[Tensor] = []
 
-    def copy(self, tensor: Tensor, name: str, *, writable: bool = False) -> Tensor:
-        """The tensor, with its strides, in memory of its own; a kernel may read it, or also write it."""
-        return self._memory(tensor, name, writable, True).copy_(tensor)
+    def input(self, tensor: Tensor, name: str, layout: str = "dense") -> Tensor:
+        """A copy, laid out so, that a kernel may read."""
+        return laid_out(tensor, layout, lambda count: self._memory(count, tensor.dtype, name, writable=False))
 
-    def uninitialised(self, tensor: Tensor, name: str) -> Tensor:
-        """Memory for a tensor like this one that a kernel must write before it reads it."""
-        memory = self._memory(tensor, name, True, False)
-        return memory.fill_(float("nan") if memory.is_floating_point() else -1 if memory.dtype != torch.bool else 1)
+    def writable(self, tensor: Tensor, name: str) -> Tensor:
+        """A dense copy that a kernel may also write."""
+        return laid_out(tensor, "dense", lambda count: self._memory(count, tensor.dtype, name, writable=True))
 
-    def _memory(self, tensor: Tensor, name: str, writable: bool, written: bool) -> Tensor:
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        if tensor.numel() == 0:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        size = tensor.element_size()
-        raw = torch.zeros(reach * size + 2 * MARGIN + 256, dtype=torch.uint8)
+    def uninitialised(self, like: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A dense tensor of that shape and order of dimensions, which a kernel must write before it reads it."""
+        dense = torch.empty_like(like, dtype=dtype)
+        memory = self._memory(dense.numel(), dense.dtype, name, writable=True, written=False)
+        return memory.as_strided(dense.shape, dense.stride())
+
+    def _memory(self, count: int, dtype: torch.dtype, name: str, *, writable: bool, written: bool = True) -> Tensor:
+        """`count` elements whose bits are all set, far from any other buffer."""
+        size = count * dtype.itemsize
+        raw = torch.full((size + 2 * MARGIN + 256,), 255, dtype=torch.uint8)
         first = MARGIN + -(raw.data_ptr() + MARGIN) % 256
         self._memories.append(raw)
-        elements = raw[first : first + reach * size].view(tensor.dtype)
-        begin, reached = ctypes.c_uint64(elements.data_ptr()), ctypes.c_uint64(reach * size)
-        self._loaded.cuda_emulator_add_buffer(begin, reached, name.encode(), int(writable), int(written))
-        return elements.as_strided(tensor.shape, tensor.stride())
+        elements = raw[first : first + size].view(dtype)
+        if count > 0:
+            begin = ctypes.c_uint64(elements.data_ptr())
+            self._loaded.cuda_emulator_add_buffer(
+                begin, ctypes.c_uint64(size), name.encode(), int(writable), int(written)
+            )
+        return elements
 
     def call(self, function: str, *arguments: Any) -> int:
         """Call a launcher of the library: tensors as pointers, None as null, int as int64, float as float32."""
@@ -253,10 +192,10 @@ class Machine:
                        raw.size, raw.times, lines)  # fmt: skip
 
     def assert_clean(self) -> None:
-        """Raise where a check has found something."""
+        """Raise `CaughtError` where a check has found something."""
         findings = self.findings
         if findings:
-            raise AssertionError("\n".join(map(str, findings)))
+            raise CaughtError(findings[0].check, "\n".join(map(str, findings)))
 
     @property
     def counters(self) -> Counters:

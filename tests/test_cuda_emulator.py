@@ -9,7 +9,8 @@ import re
 
 import pytest
 import torch
-from cuda_harness import CHECKS, EMULATOR, SHARED_LIMITS, Machine, compiled, unavailable
+from cuda_build import EMULATOR, compiled, unavailable
+from cuda_harness import CHECKS, SHARED_LIMITS, Machine
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "runs")
 
@@ -112,9 +113,9 @@ def test_mma_of_fragments_laid_out_by_the_manual_is_the_product(layouts, kind):
     d = torch.randn(16, 8, generator=generator)
     tables = (A8, B8) if kind == "tf32" else (A16, B16)
     machine = Machine(layouts, seed=3)
-    sums = machine.copy(fragment(d, D, 4), "d", writable=True)
+    sums = machine.writable(fragment(d, D, 4), "d")
     left, right = (fragment(m, t, r).view(torch.int32) for m, t, r in ((a, tables[0], 4), (b, tables[1], 2)))
-    assert machine.call(f"multiply_{kind}", machine.copy(left, "a"), machine.copy(right, "b"), sums) == 0
+    assert machine.call(f"multiply_{kind}", machine.input(left, "a"), machine.input(right, "b"), sums) == 0
     machine.assert_clean()
     expected = fragment((d.double() + a.double() @ b.double()).float(), D, 4)
     torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6)
@@ -127,9 +128,9 @@ def test_mma_reads_every_element_at_its_own_place(layouts):
         a, b, expected = torch.zeros(16, 16).half(), torch.zeros(16, 8).half(), torch.zeros(16, 8)
         a[m, k] = b[k, n] = expected[m, n] = 1
         machine = Machine(layouts)
-        sums = machine.copy(torch.zeros(32, 4), "d", writable=True)
+        sums = machine.writable(torch.zeros(32, 4), "d")
         left, right = fragment(a, A16, 4).view(torch.int32), fragment(b, B16, 2).view(torch.int32)
-        machine.call("multiply_f16", machine.copy(left, "a"), machine.copy(right, "b"), sums)
+        machine.call("multiply_f16", machine.input(left, "a"), machine.input(right, "b"), sums)
         assert torch.equal(sums, fragment(expected, D, 4))
 
 
@@ -141,7 +142,7 @@ def test_ldmatrix_gives_each_lane_its_elements(layouts, matrices, transposed):
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).to(torch.int32)
     machine = Machine(layouts, seed=2)
     registers = machine.uninitialised(torch.empty(32, matrices, dtype=torch.int32), "registers")
-    machine.call("load_matrices", machine.copy(rows, "rows"), machine.copy(order, "order"), registers, matrices,
+    machine.call("load_matrices", machine.input(rows, "rows"), machine.input(order, "order"), registers, matrices,
                  int(transposed), 16)  # fmt: skip
     machine.assert_clean()
     tiles = rows[order.long()].view(4, 8, 8)
@@ -158,7 +159,7 @@ def test_shuffles_read_the_lane_that_the_manual_names(layouts, width):
     for kind, operand in [(0, 3), (1, 5), (2, 2), (3, 3)]:
         machine = Machine(layouts, seed=kind)
         out = machine.uninitialised(torch.empty(32), "out")
-        machine.call("shuffle_lanes", machine.copy(values, "in"), out, kind, operand, width)
+        machine.call("shuffle_lanes", machine.input(values, "in"), out, kind, operand, width)
         machine.assert_clean()
         for lane in range(32):
             first, last = lane // width * width, lane // width * width + width - 1
@@ -170,7 +171,7 @@ def test_votes_count_the_lanes_of_their_mask(layouts):
     values = torch.tensor([1.0 if lane % 3 == 0 or lane >= 20 else -1.0 for lane in range(32)])
     machine = Machine(layouts, seed=4)
     out = machine.uninitialised(torch.empty(3, 32, dtype=torch.int32), "out")
-    machine.call("vote_lanes", machine.copy(values, "in"), out)
+    machine.call("vote_lanes", machine.input(values, "in"), out)
     machine.assert_clean()
     low = sum(1 << lane for lane in range(20) if lane % 3 == 0)
     assert out[0].tolist() == [low] * 20 + [0xFFF00000 - (1 << 32)] * 12  # as signed integers
@@ -180,8 +181,8 @@ def test_votes_count_the_lanes_of_their_mask(layouts):
 def run_probe(kernel, wrong, seed, **settings):
     """The machine after one launch of a kernel of wrong_*.cu, and its output."""
     machine = Machine(compiled(source_of(kernel)), seed=seed, resident=1 + seed % 3, most_accesses=100_000, **settings)
-    count = machine.copy(torch.zeros(1, dtype=torch.int32), "count", writable=True)
-    given, out = machine.copy(torch.arange(256.0), "in"), machine.uninitialised(torch.empty(256), "out")
+    count = machine.writable(torch.zeros(1, dtype=torch.int32), "count")
+    given, out = machine.input(torch.arange(256.0), "in"), machine.uninitialised(torch.empty(256), "out")
     shared = 256 if kernel == "dynamic_behind" else 1024
     machine.call(f"{kernel}_probe", given, out, count, 256, int(wrong), shared)
     return machine, out
@@ -219,8 +220,8 @@ def test_every_check_that_a_kernel_can_fail_has_a_wrong_kernel():
 def test_shared_memory_beyond_the_architecture_is_refused(arch):
     for excess in (0, 1):
         machine = Machine(compiled(ACCESSES), arch=arch)
-        buffers = [machine.copy(torch.zeros(256), name, writable=True) for name in ("in", "out")]
-        count = machine.copy(torch.zeros(1, dtype=torch.int32), "count", writable=True)
+        buffers = [machine.writable(torch.zeros(256), name) for name in ("in", "out")]
+        count = machine.writable(torch.zeros(1, dtype=torch.int32), "count")
         refused = machine.call("copy_for_others_probe", *buffers, count, 256, 0, SHARED_LIMITS[arch] + excess)
         assert bool(refused) == bool(excess)
         assert [f.check for f in machine.findings] == ["shared memory limit"] * excess
@@ -228,8 +229,8 @@ def test_shared_memory_beyond_the_architecture_is_refused(arch):
 
 def test_static_and_dynamic_shared_memory_are_counted_together():
     machine = Machine(compiled(ACCESSES))
-    buffers = [machine.copy(torch.zeros(256), name, writable=True) for name in ("in", "out")]
-    count = machine.copy(torch.zeros(1, dtype=torch.int32), "count", writable=True)
+    buffers = [machine.writable(torch.zeros(256), name) for name in ("in", "out")]
+    count = machine.writable(torch.zeros(1, dtype=torch.int32), "count")
     machine.call("static_behind_probe", *buffers, count, 256, 0, SHARED_LIMITS[80] - 259)
     assert [f.check for f in machine.findings] == ["shared memory limit"]
     assert machine.counters.shared_bytes == SHARED_LIMITS[80] + 1
@@ -238,7 +239,7 @@ def test_static_and_dynamic_shared_memory_are_counted_together():
 @pytest.mark.parametrize(("blocks", "threads"), [(1, 1025), (1, 0), (65536, 32)])
 def test_launch_beyond_the_limits_is_refused(layouts, blocks, threads):
     machine = Machine(layouts)
-    assert machine.call("launch_only", machine.copy(torch.zeros(96), "out", writable=True), blocks, threads, 0) != 0
+    assert machine.call("launch_only", machine.writable(torch.zeros(96), "out"), blocks, threads, 0) != 0
     assert [f.check for f in machine.findings] == ["launch limit"]
 
 
@@ -255,7 +256,7 @@ def test_seed_chooses_the_order_and_repeats_it():
 def test_traffic_counts_conflicts_and_sectors_of_a_stride(layouts, stride, conflicts, sectors):
     """Lanes `stride` words apart: gcd(stride, 32) of them share a bank; 128 · stride bytes hold them."""
     machine = Machine(layouts, traffic=True)
-    given = machine.copy(torch.ones(32 * 32), "in")
+    given = machine.input(torch.ones(32 * 32), "in")
     machine.call("read_strided", given, machine.uninitialised(torch.empty(32), "out"), stride)
     machine.assert_clean()
     source = LAYOUTS.read_text().splitlines()
@@ -274,7 +275,7 @@ def test_traffic_counts_conflicts_of_ldmatrix(layouts, pitch, conflicts):
     machine = Machine(layouts, traffic=True)
     rows, order = torch.zeros(32, 8, dtype=torch.int16), torch.arange(32, dtype=torch.int32)
     registers = machine.uninitialised(torch.empty(32, 4, dtype=torch.int32), "registers")
-    machine.call("load_matrices", machine.copy(rows, "rows"), machine.copy(order, "order"), registers, 4, 0, pitch)
+    machine.call("load_matrices", machine.input(rows, "rows"), machine.input(order, "order"), registers, 4, 0, pitch)
     machine.assert_clean()
     rows_read = [t for t in machine.traffic if t.lines[0].startswith("mma.cuh")]
     assert [(t.shared_requests, t.conflicts) for t in rows_read] == [(1, conflicts)]

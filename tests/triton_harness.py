@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_calls import laid_out
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
@@ -71,22 +72,11 @@ class Machine:
 
         Dimensions of stride 0 stay so.
         """
-        once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-        if layout == "sliced" and once.dim() > 1:
-            wide = [*once.shape[:-2], 2 * once.shape[-2], once.shape[-1] + 24]
-            copy = self.memory(math.prod(wide), once.dtype, name).view(wide)[..., 1::2, 8 : 8 + once.shape[-1]]
-        elif layout == "sliced":
-            copy = self.memory(2 * once.numel(), once.dtype, name)[::2].view_as(once)
-        elif layout == "permuted" and once.dim() > 2:
-            leading = [*reversed(range(once.dim() - 1)), once.dim() - 1]
-            copy = self.memory(once.numel(), once.dtype, name).view(once.permute(leading).shape).permute(leading)
-        else:
-            copy = self.memory(once.numel(), once.dtype, name).as_strided(once.shape, torch.empty_like(once).stride())
-        copy.copy_(once)
+        copy = laid_out(tensor, layout, lambda count: self.memory(count, tensor.dtype, name))
         _, whole, _ = self._memories[-1]
         self._memories[-1] = (name, whole, words(whole).clone())
         self._read_only.add(whole.untyped_storage().data_ptr())
-        return copy.expand(tensor.shape)
+        return copy
 
     def assert_intact(self) -> None:
         """Raise where a margin, or any of an input, was written."""

@@ -296,7 +296,7 @@ __device__ inline void merge_query(const Call& call, const Partials& partials, c
 // Counts this block's part for every row of its tile, and merges the rows whose last part it was.
 __device__ inline void merge_finished(const Call& call, const Partials& partials, const Results& results,
                                       const FoldedTile& tile, int kv_head, int warps) {
-    __shared__ int finished[kFewQueries * 4];  // rows, -1: not finished
+    auto* finished = reinterpret_cast<int*>(dynamic_shared);  // rows, -1: not finished; behind the barrier
     const int group = call.heads / call.kv_heads, width = call.max_queries * group;
     __syncthreads();
     __threadfence();  // the block's part is in memory before it is counted

@@ -66,3 +66,7 @@ cudaError_t cudaGetLastError() {
 const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess ? "no error" : "an error of the emulator";
 }
+
+extern "C" const char* prefix_fast_error_name(int error) {
+    return cudaGetErrorString(error);
+}

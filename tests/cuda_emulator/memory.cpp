@@ -176,11 +176,7 @@ uint64_t module_base() {
 }
 
 void access_memory(uint64_t address, size_t bytes, uint8_t access, uint64_t place) {
-    if (++machine.counters.accesses > machine.settings.most_accesses) {
-        report(Check::kRunaway, place, nullptr, 0, "more than %zu accesses",
-               static_cast<size_t>(machine.settings.most_accesses));
-        abandon();
-    }
+    count_access(place);
     const void* pointer = reinterpret_cast<const void*>(address);
     if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && address % bytes != 0)
         report(Check::kMisaligned, place, pointer, bytes, "the address is no multiple of %zu", bytes);

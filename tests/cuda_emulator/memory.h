@@ -15,8 +15,8 @@ struct Buffer {
     std::unique_ptr<Shadow> shadow;  // of a writable one
 };
 
-// A variable in shared memory: an offset in the thread-local block of the module. An overrun that lands in the next
-// variable, or in the next part of dynamic shared memory, is seen by its race or by its value only.
+// A variable in shared memory: an offset in the thread-local block of the module. An overrun that lands in
+// the next variable, or in the next part of dynamic shared memory, is seen by its race or by its value only.
 struct SharedVariable {
     size_t offset, bytes;
     std::string name;
@@ -57,6 +57,14 @@ void forget_buffers();
 Buffer* buffer_at(uint64_t address);
 void locate_module();
 uint64_t module_base();
+
+// Counts an access or an operation of a warp; too many abandon the launch, which may have no end.
+inline void count_access(uint64_t place) {
+    if (++machine.counters.accesses <= machine.settings.most_accesses) return;
+    report(Check::kRunaway, place, nullptr, 0, "more than %zu accesses",
+           static_cast<size_t>(machine.settings.most_accesses));
+    abandon();
+}
 
 // Judges an access of the running thread; what lies outside of everything abandons the launch.
 void access_memory(uint64_t address, size_t bytes, uint8_t access, uint64_t place);

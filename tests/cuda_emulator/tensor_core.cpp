@@ -120,7 +120,6 @@ void load_matrices(Warp& warp) {
         shared_memory.access(row, 16, kRead, warp.requests.place[lane]);
     }
     machine.current = caller;
-    machine.counters.accesses += 8 * static_cast<uint64_t>(matrices);
     if (machine.settings.traffic) count_rows(rows, 8 * matrices, warp.requests.place[0]);
     for (int lane = 0; lane < kLanes; ++lane) {
         const int g = lane / 4, t = lane % 4;

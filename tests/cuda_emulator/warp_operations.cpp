@@ -136,6 +136,7 @@ void together(Thread& me, Requests::Header header, uint64_t place) {
         if (mask >> other & 1 && bits_of(warp.requests.header[other]) != bits_of(header))
             report_divergence(warp, header, other, place);
     warp.waiting &= ~mask;
+    count_access(place);
     perform(warp, mask, header.operation);
     wake(warp, mask);
     if (mask == warp.present) warp_settles(warp);

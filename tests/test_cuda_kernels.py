@@ -1,0 +1,71 @@
+"""The CUDA kernels, run by the emulator with every check on, against the float64 truth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda_build import kernels_module, unavailable
+from cuda_cases import ALL_HEAD_DIMS, DTYPES, HEAD_DIMS, call_of, check, check_conflicts, check_order, load
+from random_calls import CORNERS, KINDS, rare_kinds
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "runs")
+
+# Random calls of `make test`, by type of products; 25 are a test.
+QUICK = {"fp16": 200, "bf16": 100, "fp32": 125, "tf32": 75}
+MANY = 600  # of each type in `make test-all`
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def quick_chunks():
+    return [(products, first) for products, count in QUICK.items() for first in range(0, count, 25)]
+
+
+def many_chunks():
+    return [(products, first) for products, count in QUICK.items() for first in range(count, MANY, 25)]
+
+
+@pytest.mark.parametrize(("products", "first"), quick_chunks())
+def test_random_calls_agree_with_the_oracle(products, first):
+    library = load(kernels_module([products], HEAD_DIMS))
+    for seed in range(first, first + 25):
+        check(call_of(seed, products), library, products)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("products", "first"), many_chunks())
+def test_many_random_calls_agree_with_the_oracle(products, first):
+    library = load(kernels_module([products], ALL_HEAD_DIMS))
+    for seed in range(first, first + 25):
+        check(call_of(seed, products, ALL_HEAD_DIMS), library, products)
+
+
+def test_random_calls_have_every_argument_often():
+    calls = [call_of(seed, products) for products, count in QUICK.items() for seed in range(count)]
+    assert rare_kinds(calls, KINDS, least=8) == []
+    assert len(calls) >= 500
+
+
+@pytest.mark.parametrize("products", DTYPES)
+def test_corner_cases_agree_with_the_oracle(products):
+    library = load(kernels_module([products], HEAD_DIMS))
+    for call in CORNERS:
+        if products != "tf32" or call.scores == "normal":
+            check(replace(call, case=replace(call.case, dtype=DTYPES[products])), library, products)
+
+
+@pytest.mark.parametrize("products", DTYPES)
+def test_results_have_the_same_bits_in_any_order_of_threads_and_blocks(products):
+    library = load(kernels_module([products], HEAD_DIMS))
+    for seed in range(300, 308):
+        check_order(call_of(seed, products), library, products)
+
+
+@pytest.mark.parametrize("products", DTYPES)
+def test_loops_of_products_have_no_bank_conflicts(products):
+    library = load(kernels_module([products], HEAD_DIMS))
+    for seed in range(320, 328):
+        check_conflicts(call_of(seed, products), library, products)
