@@ -128,6 +128,7 @@ def patch(
     linears.step_in(model)
     if not offered.is_encoder_decoder:
         last_layer.step_in(model)
+        hosts.follow_backbone(model, True)
     return model
 
 
@@ -157,6 +158,7 @@ def unpatch(model: Any) -> Any:
 def _leave(model: Any) -> Any:
     linears.step_out(model)
     hosts.follow_encoder(model, False)
+    hosts.follow_backbone(model, False)
     state = hosts.step_out(model)
     sites.unmark(model)
     hub.leave_attention(model)

@@ -104,20 +104,34 @@ class HostMixin:
         self._keep_attention()
         if self.config.is_encoder_decoder:  # type: ignore[attr-defined]
             return self._forward_seq2seq(forward, arguments, context)
+        return self._forward_packed(functools.partial(self._forward_tokens, forward), arguments, context)
+
+    def _backbone_forward(self, forward: Callable, arguments: dict[str, Any]) -> Any:
+        """A call of the backbone by itself: hidden states, with the prefix."""
+        context = arguments.pop(hub.KEYWORD, None) or self._prefix_context(arguments)
+        if context is None:
+            return forward(**arguments)
+        self._check_call(arguments)
+        self._keep_attention()
+        return self._forward_packed(lambda arguments: forward(**arguments), arguments, context)
+
+    def _forward_packed(self, run: Callable, arguments: dict[str, Any], context: hub.PrefixContext) -> Any:
+        """`run` on the arguments with the prefix and shifted positions, several texts in a row kept apart."""
+        state: HostState = self.__dict__[STATE]
         padding = self.config.pad_token_id  # type: ignore[attr-defined]
         positions = families.shifted_positions(state.positions, arguments, context.length, padding)
         families.check_positions(positions, state.limit, type(self).__name__)
         if torch.compiler.is_compiling():
             _keep_rows_whole(arguments)
-        arguments["position_ids"] = positions
-        arguments[hub.KEYWORD] = context
+        context.placed = True
+        arguments = {**arguments, "position_ids": positions, hub.KEYWORD: context}
         with self._compute(positions.device.type):
             if state.packs:
                 try:
-                    return self._forward_tokens(forward, packed.flattened(arguments))
+                    return run(packed.flattened(arguments))
                 except packed.CannotPackError:
                     state.packs = False
-            return self._forward_tokens(forward, arguments)
+            return run(arguments)
 
     def _forward_tokens(self, forward: Callable, arguments: dict[str, Any]) -> Any:
         state: HostState = self.__dict__[STATE]
@@ -276,6 +290,23 @@ class EncoderHost:
         return _rebuild, (self._prefix_fast_class, EncoderHost), self.__dict__
 
 
+class BackboneHost:
+    """The decoder of a patched decoder-only model, which others call by itself, to run a head of their own."""
+
+    _prefix_fast_class: Any
+
+    def _prefix_forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get(hub.KEYWORD)
+        if given is not None and given.placed:
+            return forward(self, *args, **kwargs)
+        (owner,) = self.__dict__[OWNER]
+        arguments = {**dict(zip(forward_parameters(self), args, strict=False)), **kwargs}
+        return owner._backbone_forward(functools.partial(forward, self), arguments)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._prefix_fast_class, BackboneHost), self.__dict__
+
+
 @contextmanager
 def once_per_generation(state: Any, compute: Callable[[], States]) -> Any:
     """Keep keys and values in `state.states` for the time of one `generate`."""
@@ -371,6 +402,17 @@ def follow_encoder(model: Any, reads: bool) -> None:
         step_in(encoder, EncoderHost, (model,), OWNER)
     else:
         step_out(encoder, OWNER)
+
+
+def follow_backbone(model: Any, reads: bool) -> None:
+    """Let the backbone of a decoder-only model read the prefix when it is called by itself, or no longer."""
+    backbone = getattr(model, "base_model", model)
+    if model.config.is_encoder_decoder or backbone is model or reads == isinstance(backbone, BackboneHost):
+        return
+    if reads:
+        step_in(backbone, BackboneHost, (model,), OWNER)
+    else:
+        step_out(backbone, OWNER)
 
 
 def forward_parameters(model: Any) -> tuple[str, ...]:

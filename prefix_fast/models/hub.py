@@ -58,6 +58,7 @@ class PrefixContext:
         self.backend = backend
         self.in_window = in_window
         self.choice = choice
+        self.placed = False  # whether the call's positions stand after the prefix
         # By how much the decoder's own tokens stand further on: all rows', or [B, 1].
         self.length: int | Tensor = 0
         if "decoder" in states and shifts_positions:

@@ -64,6 +64,8 @@ class Rows:
 class PackedContext:
     """In the place of the `PrefixContext`, whose prefix every row reads first."""
 
+    placed = True
+
     def __init__(self, prefix: hub.PrefixContext, rows: Rows, kept: dict[int, tuple[Tensor, Tensor]] | None = None):
         self.prefix = prefix
         self.rows = rows

@@ -193,6 +193,7 @@ def patch_peft(
         plan=plan,
     )
     hosts.step_in(reader, hosts.BorrowingHost, state)
+    hosts.follow_backbone(reader, True)
     hosts.step_in(model, mixin, PeftState(backend), STATE)
     return model
 
@@ -240,6 +241,7 @@ def unpatch_peft(model: Any) -> Any:
     """`unpatch` for a PeftModel that is patched."""
     reader = _reader(model)
     hosts.step_out(model, STATE)
+    hosts.follow_backbone(reader, False)
     hosts.step_out(reader)
     sites.unmark(reader)
     hub.leave_attention(reader)

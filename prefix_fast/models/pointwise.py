@@ -45,8 +45,10 @@ class GatedMLP(Stepped):
     """down(act(gate(x)) · up(x))."""
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not _may_replace(args, kwargs) or linears.is_watched(self.act_fn):
+            return forward(self, *args, **kwargs)
         activation = _activations().get(getattr(type(self.act_fn), "_prefix_fast_class", type(self.act_fn)))
-        if activation is None or not _may_replace(args, kwargs) or linears.is_watched(self.act_fn):
+        if activation is None:
             return forward(self, *args, **kwargs)
         gate, up = self.gate_proj(args[0]), self.up_proj(args[0])
         out = pointwise.gated_unit(gate, up, activation)
