@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from cuda_build import KERNELS, kernels_module
+from cuda_compile import KERNELS, kernels_module
 from cuda_harness import SHARED_LIMITS, CaughtError, Machine
 from random_calls import Call, check_results, gradients_of, placed, problem_of, random_call
 from torch import Tensor
@@ -163,7 +163,7 @@ def main(arguments: list[str]) -> int:
     """Check the random calls of a type; print the failures by seed. Returns their number."""
     torch.set_num_threads(1)
     products, first, last = arguments[0], int(arguments[1]), int(arguments[2])
-    library = load(kernels_module([products], HEAD_DIMS))
+    library = load(kernels_module(products, HEAD_DIMS))
     failures = 0
     for seed in range(first, last):
         call = call_of(seed, products)

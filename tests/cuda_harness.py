@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cuda_build import EMULATOR
+from cuda_compile import EMULATOR
 from random_calls import laid_out
 from torch import Tensor
 

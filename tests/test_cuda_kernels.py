@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_build import kernels_module, unavailable
 from cuda_cases import ALL_HEAD_DIMS, DTYPES, HEAD_DIMS, call_of, check, check_conflicts, check_order, load
+from cuda_compile import kernels_module, unavailable
 from random_calls import CORNERS, KINDS, rare_kinds
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "runs")
@@ -30,7 +30,7 @@ def many_chunks():
 
 @pytest.mark.parametrize(("products", "first"), quick_chunks())
 def test_random_calls_agree_with_the_oracle(products, first):
-    library = load(kernels_module([products], HEAD_DIMS))
+    library = load(kernels_module(products, HEAD_DIMS))
     for seed in range(first, first + 25):
         check(call_of(seed, products), library, products)
 
@@ -38,7 +38,7 @@ def test_random_calls_agree_with_the_oracle(products, first):
 @pytest.mark.slow
 @pytest.mark.parametrize(("products", "first"), many_chunks())
 def test_many_random_calls_agree_with_the_oracle(products, first):
-    library = load(kernels_module([products], ALL_HEAD_DIMS))
+    library = load(kernels_module(products, ALL_HEAD_DIMS))
     for seed in range(first, first + 25):
         check(call_of(seed, products, ALL_HEAD_DIMS), library, products)
 
@@ -51,7 +51,7 @@ def test_random_calls_have_every_argument_often():
 
 @pytest.mark.parametrize("products", DTYPES)
 def test_corner_cases_agree_with_the_oracle(products):
-    library = load(kernels_module([products], HEAD_DIMS))
+    library = load(kernels_module(products, HEAD_DIMS))
     for call in CORNERS:
         if products != "tf32" or call.scores == "normal":
             check(replace(call, case=replace(call.case, dtype=DTYPES[products])), library, products)
@@ -59,13 +59,13 @@ def test_corner_cases_agree_with_the_oracle(products):
 
 @pytest.mark.parametrize("products", DTYPES)
 def test_results_have_the_same_bits_in_any_order_of_threads_and_blocks(products):
-    library = load(kernels_module([products], HEAD_DIMS))
+    library = load(kernels_module(products, HEAD_DIMS))
     for seed in range(300, 308):
         check_order(call_of(seed, products), library, products)
 
 
 @pytest.mark.parametrize("products", DTYPES)
 def test_loops_of_products_have_no_bank_conflicts(products):
-    library = load(kernels_module([products], HEAD_DIMS))
+    library = load(kernels_module(products, HEAD_DIMS))
     for seed in range(320, 328):
         check_conflicts(call_of(seed, products), library, products)

@@ -147,7 +147,8 @@ struct Block {
     Thread* thread;  // the first of kMaxThreads
     Warp warp[kMaxWarps];
     Barrier barrier[kBarriers];
-    int counted;  // by the last counting barrier
+    int counted;   // by the last counting barrier
+    uint64_t mma;  // that its warps have done
 
     uint32_t time;                     // every thread knows every access before it
     uint32_t named_time;               // the last barrier of a part of the block
@@ -196,7 +197,6 @@ struct Machine {
     uint32_t clock = 1;         // counts everything that orders accesses
     uint32_t launch_time = 0;   // every access before it is ordered
     bool abandoned = false;
-    uint64_t block_mma = 0;
 
     dim3 grid, block_size;
     size_t shared_bytes = 0;

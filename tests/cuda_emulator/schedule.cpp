@@ -90,6 +90,7 @@ void begin_block(Block& block, uint32_t number, int slot) {
     block.time = block.named_time = 0;
     block.atomics.clear();
     block.acquired.clear();
+    block.mma = 0;
     std::fill_n(block.barrier, kBarriers, Barrier{});
     for (int w = 0; w < block.warps; ++w) begin_warp(block, w);
     for (int i = 0; i < block.threads; ++i) {

@@ -1,5 +1,6 @@
 // mma.sync and ldmatrix: the fragments' layouts are those of mma.cuh, element by element.
 
+#include <algorithm>
 #include <cstring>
 
 #include "memory.h"
@@ -82,8 +83,8 @@ inline __attribute__((always_inline)) void accumulate(Product& p) {
 }  // namespace
 
 void multiply(Warp& warp) {
-    ++machine.block_mma;
     ++machine.counters.mma;
+    machine.counters.mma_most = std::max(machine.counters.mma_most, ++warp.block->mma);
     Product p;
     switch (static_cast<Element>(warp.requests.header[0].kind)) {
         case Element::kF16:

@@ -38,7 +38,7 @@ def unavailable() -> str:
     """Why this machine cannot run the emulator; empty: it can."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "the emulator's fibres are written for Linux on x86-64"
-    missing = [program for program in ("g++", "readelf", "addr2line") if shutil.which(program) is None]
+    missing = [program for program in ("g++", "gcc", "nm", "readelf", "addr2line") if shutil.which(program) is None]
     return f"{', '.join(missing)} not found" if missing else ""
 
 
@@ -48,26 +48,36 @@ def compiled(source: Path) -> Path:
 
 
 def kernels_module(
-    types: Sequence[str], head_dims: Sequence[int], changed: Path | None = None, changed_sources: Sequence[str] = ()
+    products: str, head_dims: Sequence[int], changed: Path | None = None, changed_sources: Sequence[str] = ()
 ) -> Path:
-    """The library's kernels and their host code as the Python module `emulated`.
+    """The library's kernels for one type of products, and their host code, as the Python module `emulated`.
 
-    `changed` is a folder like csrc/cuda, from which those sources of the given types are taken; all others, which the
-    host code names as well, are the library's own.
+    `changed` is a folder like csrc/cuda, from which those sources are taken; all others are the library's own.
     """
     dims = f"PREFIX_FAST_HEAD_DIMS={' '.join(f'X({d})' for d in head_dims)}"
-    every = [(t, name) for t in TYPES for name in sorted(path.stem for path in KERNELS.glob("*.cu"))]
     # The changed ones first: of two functions of one name a linker takes the first.
-    every.sort(key=lambda pair: not (changed and pair[0] in types and pair[1] in changed_sources))
-    jobs = []
-    for t, name in every:
-        folder = changed if changed and t in types and name in changed_sources else KERNELS
-        # Of other types nothing runs: they are compiled for one head dim.
-        defines = (f"PREFIX_FAST_TYPE={t}", dims if t in types else "PREFIX_FAST_HEAD_DIMS=X(64)")
-        jobs.append(functools.partial(_kernel_object, folder / f"{name}.cu", folder, defines))
+    names = sorted((path.stem for path in KERNELS.glob("*.cu")), key=lambda name: (name not in changed_sources, name))
+    folders = [changed if changed and name in changed_sources else KERNELS for name in names]
+    jobs = [
+        functools.partial(_kernel_object, folder / f"{name}.cu", folder, (f"PREFIX_FAST_TYPE={products}", dims))
+        for name, folder in zip(names, folders, strict=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: job(), [_bindings, *jobs]))
-    return _linked("emulated", objects)
+    return _linked("emulated", [*objects, _absent(products, objects[0])])
+
+
+def _absent(products: str, bindings: Path) -> Path:
+    """Launchers of the other types of products, which the host code names: a call of one ends the process."""
+    symbols = subprocess.run(["nm", "-u", str(bindings)], capture_output=True, text=True, check=True).stdout.split()
+    others = [name for name in symbols if name.rpartition("_")[2] in TYPES and name.rpartition("_")[2] != products]
+
+    def make(target: Path) -> None:
+        source = target.with_suffix(".c")
+        source.write_text("".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in others))
+        run("gcc", "-fPIC", "-fvisibility=hidden", "-c", source, "-o", target)
+
+    return _made("absent", ".o", [], others, make)
 
 
 def _kernel_object(source: Path, headers: Path, defines: tuple[str, ...]) -> Path:
