@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 VARIABLE = "PREFIX_FAST_CUDA_ARCHS"
 MODULE = "_native_cuda"
-KERNELS = ("forward", "decode", "backward_dq", "backward_dkv")
+KERNELS = ("forward", "decode", "backward_dq", "backward_dkv", "short_prefix")
 TYPES = ("fp16", "bf16", "fp32", "tf32")
 OLDEST = 80  # mma.sync with bfloat16, cp.async
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")

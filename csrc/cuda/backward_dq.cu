@@ -7,9 +7,9 @@
 // lse. δ and lse are float32 in a scratch whose rows are padded to whole tiles: there, and for queries that
 // see no key, lse is +inf and δ is 0, so p is 0 without a mask. dq is float32 in registers and scaled last; p
 // and do·v are recomputed.
+#include "descend.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
-#include "walk.cuh"
 
 namespace prefix_fast::cuda {
 
@@ -88,73 +88,6 @@ template <typename T>
 struct DqShapeOf<T, 128> : DqShape<ForwardShape<T, 128, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 32 : 16, 2>> {};
 template <typename T>
 struct DqShapeOf<T, 256> : DqShape<ForwardShape<T, 256, 1, kIsHalf<T> ? 4 : 2, kIsHalf<T> ? 16 : 8, 2>> {};
-
-// lse and δ of this thread's rows.
-template <int M>
-struct RowLevels {
-    float level[M][2], delta[M][2];
-};
-
-// Adds Σ_j ds_ij k_j over one tile of keys.
-template <typename Shape, bool kOptions, typename Edge>
-__device__ inline void descend_tile(const Call& call, const typename Shape::Queries& queries,
-                                    const typename Shape::Queries& grads, const Rows<Shape::M>& rows,
-                                    const RowLevels<Shape::M>& levels, const KeyTile& tile, Edge edge,
-                                    const typename Shape::S* keys, float (&sums)[Shape::M][Shape::D / 8][4]) {
-    using T = typename Shape::T;
-    constexpr int M = Shape::M, N = Shape::kKeys / 8, D = Shape::D;
-    float scores[M][N][4], dp[M][N][4], slopes[M][kOptions ? N : 1][4];
-    fill_zero(scores);
-    multiply_transposed<T, M, N, D>(scores, queries, keys);
-    fill_zero(dp);
-    multiply_transposed<T, M, N, D>(dp, grads, keys + Shape::kTileElements);
-    const float unit = unit_of<kOptions>(call.scale);
-    if constexpr (kOptions) {
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-            if (call.softcap != 0) {
-                apply_softcap(scores[m], slopes[m], call.scale, call.softcap);
-            } else {
-                apply_scale(scores[m], call.scale);
-            }
-        }
-        if (call.sets[tile.set].bias.data != nullptr) add_bias(scores, call.sets[tile.set].bias, rows, tile);
-    }
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                scores[m][n][i] = exponential<kOptions>(scores[m][n][i], unit, levels.level[m][i / 2]);
-            }
-        }
-    }
-    if (edge) hide(scores, 0, rows, tile, call.window);
-    if (kOptions && call.seed != nullptr) {
-        const float inverse = 1 / call.kept_share;
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-            for_each_kept<N>(call, rows.row[m], rows.head[m], rows.token[m], tile,
-                             [&](int n, int half, int c, bool kept) {
-                                 float& value = dp[m][n][2 * half + c];
-                                 value = kept ? value * inverse : 0;
-                             });
-        }
-    }
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                scores[m][n][i] *= dp[m][n][i] - levels.delta[m][i / 2];
-                if (kOptions && call.softcap != 0) scores[m][n][i] *= slopes[m][n][i];
-            }
-        }
-    }
-    multiply_weights<T, M, N, D>(sums, scores, keys);
-}
 
 // Grid: (tiles of the queries of all rows, H).
 template <typename Shape, bool kOptions>

@@ -85,36 +85,68 @@ std::string run_forward(py::handle problem, py::handle out, py::handle lse, py::
     return "decode";
 }
 
-// Computes the wanted gradients of one set's keys and values, `key` and `value` None where not wanted.
-void differentiate_set(const Call& call, const Saved& saved, int index, py::handle key, py::handle value,
-                       Place& place) {
-    const SegmentSet& set = call.sets[index];
-    if ((key.is_none() && value.is_none()) || set.size == 0 || set.count == 0) return;
-    const bool packed = set.cu_seqlens.data != nullptr;
-    const Launchers& launch = launchers_of(call);
+// The wanted gradients of one set's keys and values, `key` and `value` None where not wanted, in `parts`
+// parts.
+struct SetGradients {
     KeyGradients grads{};
-    grads.set = index;
-    grads.key = read_tokens(key, packed);
-    grads.value = read_tokens(value, packed);
-    divide_set(call, place.device, index, grads);
-    const int parts = grads.splits * grads.query_splits;
-    const int64_t units = packed ? 1 : set.count;
-    const int64_t elements = units * call.kv_heads * int64_t{set.size} * call.head_dim;
-    grads.key_part = grads.value_part = elements;
-    if (parts > 1 && grads.key.data != nullptr) grads.key_parts = place.take<float>(parts * elements);
-    if (parts > 1 && grads.value.data != nullptr) grads.value_parts = place.take<float>(parts * elements);
-    check(launch.backward_keys(&call, &saved, &grads, place.stream), "kernel of key and value gradients");
-    const int32_t dtype = set.is_float32 ? int32_t{kFloat32} : call.dtype;
-    const auto add = [&](const float* partial, const Tokens& target) {
-        if (partial == nullptr) return;
-        check(launch.add_parts(partial, target.data, elements, parts, dtype, place.stream), "sum of parts");
-    };
-    add(grads.key_parts, grads.key);
-    add(grads.value_parts, grads.value);
+    int64_t elements = 0;
+    int parts = 1;
+
+    SetGradients(const Call& call, int index, py::handle key, py::handle value) {
+        const SegmentSet& set = call.sets[index];
+        const bool packed = set.cu_seqlens.data != nullptr;
+        grads.set = index;
+        grads.key = read_tokens(key, packed);
+        grads.value = read_tokens(value, packed);
+        grads.splits = grads.query_splits = 1;
+        elements = (packed ? 1 : set.count) * int64_t{set.size} * call.kv_heads * call.head_dim;
+    }
+
+    bool wanted() const { return elements > 0 && (grads.key.data != nullptr || grads.value.data != nullptr); }
+
+    void take_parts(Place& place) {
+        parts = grads.splits * grads.query_splits;
+        grads.key_part = grads.value_part = elements;
+        if (parts > 1 && grads.key.data != nullptr) grads.key_parts = place.take<float>(parts * elements);
+        if (parts > 1 && grads.value.data != nullptr) grads.value_parts = place.take<float>(parts * elements);
+    }
+
+    void add_parts(const Call& call, Place& place) const {
+        const int32_t dtype = call.sets[grads.set].is_float32 ? int32_t{kFloat32} : call.dtype;
+        const auto add = [&](const float* partial, const Tokens& target) {
+            if (partial == nullptr) return;
+            check(launchers_of(call).add_parts(partial, target.data, elements, parts, dtype, place.stream),
+                  "sum of parts");
+        };
+        add(grads.key_parts, grads.key);
+        add(grads.value_parts, grads.value);
+    }
+};
+
+void differentiate_set(const Call& call, const Saved& saved, SetGradients& set, Place& place) {
+    if (!set.wanted()) return;
+    divide_set(call, place.device, set.grads.set, set.grads);
+    set.take_parts(place);
+    check(launchers_of(call).backward_keys(&call, &saved, &set.grads, place.stream),
+          "kernel of key and value gradients");
+    set.add_parts(call, place);
 }
 
-void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle grad_out,
-                  py::handle grad_lse, py::handle grads, py::handle where, bool tf32) {
+// Returns whether one kernel has made the gradients of the queries and of set 0.
+bool differentiate_short(const Call& call, const Saved& saved, const Tokens& query, SetGradients& set,
+                         Place& place) {
+    set.grads.splits = short_splits(call, place.device);
+    if (set.grads.splits == 0) return false;
+    set.take_parts(place);
+    check(launchers_of(call).backward_short(&call, &saved, &query, &set.grads, place.stream),
+          "fused kernel of query and prefix gradients");
+    set.add_parts(call, place);
+    return true;
+}
+
+// Returns the names of the kernels that ran.
+std::string run_backward(py::handle problem, py::handle out, py::handle lse, py::handle grad_out,
+                         py::handle grad_lse, py::handle grads, py::handle where, bool tf32) {
     Place place(where);
     check_stream(place, where);
     const Call call = read_call(problem, tf32);
@@ -127,15 +159,28 @@ void run_backward(py::handle problem, py::handle out, py::handle lse, py::handle
     saved.deltas = place.take<float>(call.heads * saved.capacity);
     check(launch.prepare(&call, &saved, place.stream), "kernel of lse and delta");
     const Tokens query = read_tokens(get(grads, names().query), packed);
-    if (query.data != nullptr) {
-        check(launch.backward_queries(&call, &saved, &query, place.stream), "kernel of query gradients");
-    }
     const auto sets = py::reinterpret_borrow<py::tuple>(get(grads, names().sets));
+    std::vector<SetGradients> wanted;
     for (int s = 0; s < call.num_sets; ++s) {
         const auto pair = py::reinterpret_borrow<py::tuple>(sets[s]);
-        differentiate_set(call, saved, s, pair[0], pair[1], place);
+        wanted.emplace_back(call, s, pair[0], pair[1]);
     }
-    differentiate_set(call, saved, call.num_sets, get(grads, names().key), get(grads, names().value), place);
+    wanted.emplace_back(call, call.num_sets, get(grads, names().key), get(grads, names().value));
+    std::string ran = "prepare";
+    int first = 0;
+    if (query.data != nullptr && call.num_sets > 0 && wanted[0].wanted() &&
+        differentiate_short(call, saved, query, wanted[0], place)) {
+        ran += " short";
+        first = 1;
+    } else if (query.data != nullptr) {
+        check(launch.backward_queries(&call, &saved, &query, place.stream), "kernel of query gradients");
+        ran += " dq";
+    }
+    for (size_t s = first; s < wanted.size(); ++s) {
+        differentiate_set(call, saved, wanted[s], place);
+        if (wanted[s].wanted()) ran += " dkv";
+    }
+    return ran;
 }
 
 }  // namespace

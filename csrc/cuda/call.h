@@ -12,6 +12,8 @@ namespace prefix_fast::cuda {
 
 constexpr int kMaximumSets = 4;     // shared sets of a call
 constexpr int kFarthest = 1 << 30;  // offsets beyond hide or show every key
+constexpr int kShortKeys = 64;      // longest segment of the fused backward
+constexpr int kShortHeadDim = 96;   // and its largest head dim
 constexpr int kScratchTile = 128;   // every row's scratch is padded to tiles of so many queries
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

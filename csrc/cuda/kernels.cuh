@@ -11,6 +11,7 @@
 
 #include <cuda_runtime.h>
 
+#include "plan.h"
 #include "segments.cuh"
 #include "tiles.cuh"
 
@@ -33,13 +34,6 @@ int with_head_dim(int head_dim, const Run& run) {
     PREFIX_FAST_HEAD_DIMS
 #undef X
     return static_cast<int>(cudaErrorInvalidValue);
-}
-
-// Whether scores need more than a scale: see softmax.cuh.
-inline bool has_options(const Call& call) {
-    bool found = call.softcap != 0 || call.seed != nullptr;
-    for (int s = 0; s <= call.num_sets; ++s) found = found || call.sets[s].bias.data != nullptr;
-    return found;
 }
 
 }  // namespace prefix_fast::cuda

@@ -247,4 +247,35 @@ __device__ inline void score_gradients(const Call& call, const float (&weights)[
     }
 }
 
+// Stores a block of gradients, or a part of it: exact zeros where no key is valid.
+template <typename T, int D>
+__device__ inline void store_gradients(const Call& call, const KeyBlock& block, const Tokens& target,
+                                       float* parts, int64_t part_offset, int64_t unit, int kv_head,
+                                       bool is_float32, const float (&sums)[1][D / 8][4], float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int key = block.first + warp() * 16 + 8 * half + lane_row();
+        if (key >= block.size) continue;
+        const bool present = key < block.valid && !block.mask.hides(key);
+        const int64_t place = unit * target.unit + kv_head * target.head + (block.token + key) * target.token;
+        const float scale = present ? factor : 0;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            if (8 * n >= call.head_dim) break;
+            const float first = present ? sums[0][n][2 * half] * scale : 0;
+            const float second = present ? sums[0][n][2 * half + 1] * scale : 0;
+            const int column = 8 * n + lane_column();
+            if (parts != nullptr) {
+                store_pair<float>(reinterpret_cast<char*>(parts + part_offset + place), column, first,
+                                  second);
+            } else if (is_float32) {
+                store_pair<float>(static_cast<char*>(target.data) + place * 4, column, first, second);
+            } else {
+                store_pair<T>(static_cast<char*>(target.data) + place * int{sizeof(Storage<T>)}, column,
+                              first, second);
+            }
+        }
+    }
+}
+
 }  // namespace prefix_fast::cuda

@@ -15,16 +15,17 @@
                                             const prefix_fast::cuda::Tokens*, void*);                        \
     int prefix_fast_backward_keys_##type(const prefix_fast::cuda::Call*, const prefix_fast::cuda::Saved*,    \
                                          const prefix_fast::cuda::KeyGradients*, void*);                     \
+    int prefix_fast_backward_short_##type(const prefix_fast::cuda::Call*, const prefix_fast::cuda::Saved*,   \
+                                          const prefix_fast::cuda::Tokens*,                                  \
+                                          const prefix_fast::cuda::KeyGradients*, void*);                    \
     int prefix_fast_add_parts_##type(const float*, void*, int64_t, int, int32_t, void*);                     \
     }                                                                                                        \
     namespace prefix_fast::cuda {                                                                            \
-    constexpr Launchers kLaunchers_##type{&prefix_fast_forward_##type,                                       \
-                                          &prefix_fast_decode_##type,                                        \
-                                          &prefix_fast_decode_tile_##type,                                   \
-                                          &prefix_fast_prepare_##type,                                       \
-                                          &prefix_fast_backward_queries_##type,                              \
-                                          &prefix_fast_backward_keys_##type,                                 \
-                                          &prefix_fast_add_parts_##type};                                    \
+    constexpr Launchers kLaunchers_##type{                                                                   \
+        &prefix_fast_forward_##type,          &prefix_fast_decode_##type,                                    \
+        &prefix_fast_decode_tile_##type,      &prefix_fast_prepare_##type,                                   \
+        &prefix_fast_backward_queries_##type, &prefix_fast_backward_keys_##type,                             \
+        &prefix_fast_backward_short_##type,   &prefix_fast_add_parts_##type};                                \
     }
 
 namespace prefix_fast::cuda {
@@ -37,6 +38,7 @@ struct Launchers {
     int (*prepare)(const Call*, const Saved*, void*);
     int (*backward_queries)(const Call*, const Saved*, const Tokens*, void*);
     int (*backward_keys)(const Call*, const Saved*, const KeyGradients*, void*);
+    int (*backward_short)(const Call*, const Saved*, const Tokens*, const KeyGradients*, void*);
     int (*add_parts)(const float* parts, void* target, int64_t count, int number, int32_t dtype, void*);
 };
 

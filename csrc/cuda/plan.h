@@ -102,6 +102,30 @@ inline void divide_set(const Call& call, const Device& device, int index, KeyGra
     divide_readers(device, tiles * call.kv_heads, readers * (call.heads / call.kv_heads), query_tiles, grads);
 }
 
+// Scores need more than a scale: see softmax.cuh.
+inline bool has_options(const Call& call) {
+    bool found = call.softcap != 0 || call.seed != nullptr;
+    for (int s = 0; s <= call.num_sets; ++s) found = found || call.sets[s].bias.data != nullptr;
+    return found;
+}
+
+// Whether one kernel makes the gradients of the queries and of the only shared set, and into how many blocks
+// a segment's readers are then divided: as many as fill the device, each with enough query tiles. 0: it does
+// not.
+inline int short_splits(const Call& call, const Device& device) {
+    constexpr int kQueries = 64;
+    const SegmentSet& set = call.sets[0];
+    if (call.num_sets != 1 || is_packed(call) || set.cu_seqlens.data != nullptr || has_options(call))
+        return 0;
+    if (call.dtype == kFloat32 || call.head_dim > kShortHeadDim || set.size > kShortKeys) return 0;
+    if (set.size == 0 || set.count == 0) return 0;
+    const int64_t readers = std::max(call.rows / set.count, 1);
+    const int64_t tiles = readers * (call.heads / call.kv_heads) * divided(call.max_queries, kQueries);
+    const int64_t most = tiles / device.least_tiles;
+    const int64_t places = int64_t{device.multiprocessors} * kBlocksOfMultiprocessor;
+    return int(std::min(most, std::max<int64_t>(1, places / (int64_t{set.count} * call.kv_heads))));
+}
+
 // Places of one head in the padded scratch of lse and δ.
 inline int64_t scratch_capacity(const Call& call) {
     if (is_packed(call)) return int64_t{call.max_queries} + int64_t{call.rows} * kScratchTile;

@@ -332,6 +332,28 @@ __device__ inline void write_float(char* row, int column, float value, int64_t d
     }
 }
 
+// sums += leftᵀ · right, left's rows 0 to 8 K - 1 in shared memory, kLeftPitch apart, its columns this warp's
+// 16 rows.
+template <typename T, int K, int D, int kLeftPitch>
+__device__ inline void multiply_stored(float (&sums)[D / 8][4], const Storage<T>* left,
+                                       const Storage<T>* right) {
+    static_assert(kIsHalf<T> && K % 2 == 0);
+    const Storage<T>* row = left + (lane() % 8 + lane() / 16 * 8) * kLeftPitch + lane() / 8 % 2 * 8;
+    const Storage<T>* base = right + lane() % 16 * kPitch<T, D> + lane() / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < K; k += 2) {
+        uint32_t a[4];
+        ldmatrix_x4_trans(a, row + k * 8 * kLeftPitch);
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 2) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, base + k * 8 * kPitch<T, D> + n * 8);
+            mma_m16n8k16<T>(sums[n], a, {b[0], b[1]});
+            mma_m16n8k16<T>(sums[n + 1], a, {b[2], b[3]});
+        }
+    }
+}
+
 // Two neighbouring columns of a row, rounded to the tensor's type.
 template <typename T>
 __device__ inline void store_pair(char* row, int column, float first, float second) {
