@@ -96,7 +96,8 @@ def cache_folder() -> Path:
 
 def ninja_rules(toolkit: Toolkit, csrc: Path, architectures: tuple[int, ...], pybind11: str) -> list[str]:
     """The variables and rules that `ninja_statements` uses."""
-    codes = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
+    # One intermediate code serves all: the kernels use nothing that came after the oldest.
+    codes = f"-gencode arch=compute_{OLDEST},code=[{','.join(f'sm_{a}' for a in architectures)}]"
     host = [*HOST_FLAGS, f"-I{csrc}", f"-I{pybind11}", f"-I{sysconfig.get_paths()['include']}"]
     host += [f"-DPREFIX_FAST_MODULE={MODULE}"]
     host += [f"-DPREFIX_FAST_CUDA_ARCHITECTURES={'_'.join(map(str, architectures))}"]

@@ -135,8 +135,9 @@ void differentiate_set(const Call& call, const Saved& saved, SetGradients& set, 
 // Returns whether one kernel has made the gradients of the queries and of set 0.
 bool differentiate_short(const Call& call, const Saved& saved, const Tokens& query, SetGradients& set,
                          Place& place) {
-    set.grads.splits = short_splits(call, place.device);
-    if (set.grads.splits == 0) return false;
+    const int splits = launchers_of(call).short_serves(call.head_dim) ? short_splits(call, place.device) : 0;
+    if (splits == 0) return false;
+    set.grads.splits = splits;
     set.take_parts(place);
     check(launchers_of(call).backward_short(&call, &saved, &query, &set.grads, place.stream),
           "fused kernel of query and prefix gradients");

@@ -15,6 +15,7 @@
                                             const prefix_fast::cuda::Tokens*, void*);                        \
     int prefix_fast_backward_keys_##type(const prefix_fast::cuda::Call*, const prefix_fast::cuda::Saved*,    \
                                          const prefix_fast::cuda::KeyGradients*, void*);                     \
+    bool prefix_fast_short_serves_##type(int);                                                               \
     int prefix_fast_backward_short_##type(const prefix_fast::cuda::Call*, const prefix_fast::cuda::Saved*,   \
                                           const prefix_fast::cuda::Tokens*,                                  \
                                           const prefix_fast::cuda::KeyGradients*, void*);                    \
@@ -25,7 +26,8 @@
         &prefix_fast_forward_##type,          &prefix_fast_decode_##type,                                    \
         &prefix_fast_decode_tile_##type,      &prefix_fast_prepare_##type,                                   \
         &prefix_fast_backward_queries_##type, &prefix_fast_backward_keys_##type,                             \
-        &prefix_fast_backward_short_##type,   &prefix_fast_add_parts_##type};                                \
+        &prefix_fast_short_serves_##type,     &prefix_fast_backward_short_##type,                            \
+        &prefix_fast_add_parts_##type};                                                                      \
     }
 
 namespace prefix_fast::cuda {
@@ -38,6 +40,7 @@ struct Launchers {
     int (*prepare)(const Call*, const Saved*, void*);
     int (*backward_queries)(const Call*, const Saved*, const Tokens*, void*);
     int (*backward_keys)(const Call*, const Saved*, const KeyGradients*, void*);
+    bool (*short_serves)(int head_dim);
     int (*backward_short)(const Call*, const Saved*, const Tokens*, const KeyGradients*, void*);
     int (*add_parts)(const float* parts, void* target, int64_t count, int number, int32_t dtype, void*);
 };

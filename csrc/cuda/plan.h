@@ -117,8 +117,7 @@ inline int short_splits(const Call& call, const Device& device) {
     const SegmentSet& set = call.sets[0];
     if (call.num_sets != 1 || is_packed(call) || set.cu_seqlens.data != nullptr || has_options(call))
         return 0;
-    if (call.dtype == kFloat32 || call.head_dim > kShortHeadDim || set.size > kShortKeys) return 0;
-    if (set.size == 0 || set.count == 0) return 0;
+    if (set.size == 0 || set.size > kShortKeys || set.count == 0) return 0;
     const int64_t readers = std::max(call.rows / set.count, 1);
     const int64_t tiles = readers * (call.heads / call.kv_heads) * divided(call.max_queries, kQueries);
     const int64_t most = tiles / device.least_tiles;

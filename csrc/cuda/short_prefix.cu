@@ -211,14 +211,24 @@ int backward_short(const Call& call, const Saved& saved, const Tokens& target, c
             return PREFIX_FAST_LAUNCH(short_kernel<Shape>, grid, block, Shape::kSharedBytes,
                                       static_cast<cudaStream_t>(stream), call, saved, target, grads);
         } else {
-            return cudaErrorInvalidValue;  // plan.h does not choose this kernel
+            return cudaErrorInvalidValue;
         }
     });
+}
+
+// Whether the kernel is compiled for calls of this head dim.
+template <typename T>
+bool serves(int head_dim) {
+    return with_head_dim<T>(
+               head_dim, [](auto dim) { return kIsHalf<T> && decltype(dim)::value <= kShortHeadDim; }) == 1;
 }
 
 }  // namespace prefix_fast::cuda
 
 #define PREFIX_FAST_DEFINE(name, type)                                                          \
+    PREFIX_FAST_EXPORT bool prefix_fast_short_serves_##name(int head_dim) {                     \
+        return prefix_fast::cuda::serves<type>(head_dim);                                       \
+    }                                                                                           \
     PREFIX_FAST_EXPORT int prefix_fast_backward_short_##name(                                   \
         const prefix_fast::cuda::Call* call, const prefix_fast::cuda::Saved* saved,             \
         const prefix_fast::cuda::Tokens* target, const prefix_fast::cuda::KeyGradients* grads,  \
