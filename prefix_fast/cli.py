@@ -210,9 +210,7 @@ def convert(
 
 @app.command()
 def doctor(
-    recheck: Annotated[
-        bool, typer.Option("--recheck", help="Check Triton's configurations and time linears again.")
-    ] = False,
+    recheck: Annotated[bool, typer.Option("--recheck", help="Check Triton's tiles and time linears again.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Check every one, not only head dims 64 and 128.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Time other tiles too; keep the fastest right ones.")] = False,
     debug: _Debug = False,
@@ -284,6 +282,15 @@ def _show_linears(console: Any, recheck: bool) -> None:
             shown = ("–", "–") if times is None else tuple(f"{seconds * 1e3:.3g} ms" for seconds in times)
             table.add_row(str(product), *shown, linears.library_of(product))
     console.print(table)
+
+
+@app.command("build-cuda")
+def build_cuda(archs: Annotated[str, typer.Option(help="As 80,90; by default those of this machine.")] = "") -> None:
+    """Compile the CUDA kernels of a checkout into its installation; needs nvcc, no card."""
+    with _one_line_errors(False):
+        from prefix_fast import cuda_build
+
+        cuda_build.install(archs)
 
 
 @app.command()

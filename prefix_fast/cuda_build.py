@@ -145,7 +145,7 @@ def build(architectures: tuple[int, ...], csrc: Path, folder: Path, target: Path
 
     Raises:
         NotImplementedError: this machine has no nvcc, pybind11 or ninja, or the sources are not here.
-        RuntimeError: the compiler failed; its messages went to the terminal.
+        OSError: the compiler failed; its messages went to the terminal.
     """
     toolkit, ninja = find_toolkit(), _ninja()
     try:
@@ -158,14 +158,33 @@ def build(architectures: tuple[int, ...], csrc: Path, folder: Path, target: Path
         raise NotImplementedError("prefix_fast: expected ninja to compile the kernels; pip install it")
     if not (csrc / "cuda" / "bindings.cpp").exists():
         raise NotImplementedError(
-            f"prefix_fast: expected the kernels' sources in {csrc}; give a checkout's csrc folder"
+            f"prefix_fast: expected the kernels' sources in {csrc}; install from a checkout, with `pip install -e`"
         )
     folder.mkdir(parents=True, exist_ok=True)
     lines = ninja_rules(toolkit, csrc, architectures, pybind11.get_include())
     lines += ninja_statements(toolkit, csrc, architectures, folder, target)
     (folder / "cuda.ninja").write_text("\n".join(lines) + "\n")
     if subprocess.run([ninja, "-f", str(folder / "cuda.ninja"), "-C", str(folder)], check=False).returncode != 0:
-        raise RuntimeError("prefix_fast: the CUDA kernels did not compile; nvcc's messages are above")
+        raise OSError("prefix_fast: the CUDA kernels did not compile; nvcc's messages are above")
+
+
+def install(architectures: str = "") -> Path:
+    """Compile the kernels of the checkout that this file is in; returns the extension, beside this file.
+
+    Args:
+        architectures: as for `parse_architectures`; empty: those of `wanted_architectures`.
+
+    Raises:
+        ValueError: no architecture is named and no card is in the machine.
+        NotImplementedError, OSError: as for `build`.
+    """
+    wanted = parse_architectures(architectures) if architectures else wanted_architectures()
+    if not wanted:
+        raise ValueError("build-cuda: expected --archs, as in 80,90, as there is no card here to compile for")
+    package = Path(__file__).resolve().parent
+    target = package / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build(wanted, package.parent / "csrc", cache_folder() / "host", target)
+    return target
 
 
 def _ninja() -> str | None:

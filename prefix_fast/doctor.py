@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from prefix_fast import dispatch, linears, selfcheck, testing, tuning
-from prefix_fast.backends import native, triton, triton_vetting
+from prefix_fast.backends import cuda, native, triton, triton_vetting
 from prefix_fast.backends.triton_config import Tile
 from prefix_fast.backends.triton_vetting import Configuration, Verdict
 from prefix_fast.testing import Case
@@ -159,6 +159,7 @@ def environment() -> dict[str, str]:
         facts["gpu"] = torch.cuda.get_device_name()
     if native.availability() is None:
         facts |= {f"cpu {name}": value for name, value in native.description().items()}
+    facts |= {f"cuda {name}": value for name, value in cuda.description().items()}
     facts["python"] = platform.python_version()
     for package in ("prefix-fast", "torch", "transformers", "peft", "triton"):
         try:

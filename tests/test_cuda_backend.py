@@ -1,5 +1,6 @@
 """The cuda backend on machines that cannot run it: why not, in words; and how its kernels are compiled."""
 
+import importlib
 import importlib.machinery
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,12 @@ def test_an_extension_that_does_not_load_is_a_reason(built, monkeypatch):
 
     monkeypatch.setattr(cuda, "extension", broken)
     assert "cannot be loaded (libfoo.so: cannot open" in cuda.availability()
+
+
+def test_the_kernels_describe_themselves_where_they_are_compiled(built, monkeypatch):
+    assert cuda.description() == {"architectures": "sm_80, sm_90", "toolkit": "13.0", "driver": "13.0"}
+    monkeypatch.setattr(cuda, "extension", lambda: importlib.import_module("prefix_fast._not_built"))
+    assert cuda.description() == {}
 
 
 def test_a_machine_without_a_driver_is_a_reason(built):
@@ -178,6 +185,22 @@ def test_an_object_is_compiled_anew_where_anything_that_it_is_made_of_differs(tm
     assert len(objects() & first) == len(first) - len(cuda_build.TYPES)
     (csrc / "cuda" / "tiles.cuh").write_text("changed")
     assert not objects() & first
+
+
+def test_build_cuda_compiles_into_the_package_for_the_architectures_asked_for(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setenv("PREFIX_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "build", lambda *arguments: built.append(arguments))
+    target = cuda_build.install("90,80")
+    assert built == [((80, 90), target.parent.parent / "csrc", tmp_path / "cuda" / "host", target)]
+    assert target.parent == Path(cuda_build.__file__).parent
+    assert target.name.startswith("_native_cuda.")
+
+
+def test_build_cuda_without_architectures_or_a_card_raises(monkeypatch):
+    monkeypatch.setattr(cuda_build, "wanted_architectures", lambda: ())
+    with pytest.raises(ValueError, match="build-cuda: expected --archs, as in 80,90"):
+        cuda_build.install()
 
 
 def test_a_build_says_what_it_lacks(tmp_path, monkeypatch):

@@ -116,7 +116,11 @@ def architectures() -> tuple[int, ...]:
 
 
 def description() -> dict[str, str]:
-    """What `doctor` prints about this backend."""
+    """What `doctor` prints about this backend; nothing where its kernels are not compiled."""
+    try:
+        extension()
+    except ImportError:
+        return {}
     return {
         "architectures": ", ".join(f"sm_{a}" for a in architectures()),
         "toolkit": dotted(extension().runtime_version),
