@@ -11,7 +11,7 @@ from prefix_fast import dispatch, selfcheck
 from prefix_fast.bank import PrefixBank
 from prefix_fast.bank_files import holds_bank
 from prefix_fast.geometry import model_sites
-from prefix_fast.models import admission, families, hosts, hub, last_layer, linears, sites
+from prefix_fast.models import admission, families, hosts, hub, last_layer, linears, parts, sites
 from prefix_fast.models.bank import BankHost
 from prefix_fast.models.loss import loss_plan
 from prefix_fast.models.seq2seq_loss import seq2seq_plan
@@ -124,11 +124,11 @@ def patch(
         hosts.step_out(model)
     hosts.step_in(model, BankHost if isinstance(module, PrefixBank) else hosts.PrefixHost, state)
     if offered.is_encoder_decoder:
-        hosts.follow_encoder(model, module is not None and "encoder" in module.sites)
+        parts.follow_encoder(model, module is not None and "encoder" in module.sites)
     linears.step_in(model)
     if not offered.is_encoder_decoder:
         last_layer.step_in(model)
-        hosts.follow_backbone(model, True)
+        parts.follow_backbone(model, True)
     return model
 
 
@@ -157,8 +157,8 @@ def unpatch(model: Any) -> Any:
 
 def _leave(model: Any) -> Any:
     linears.step_out(model)
-    hosts.follow_encoder(model, False)
-    hosts.follow_backbone(model, False)
+    parts.follow_encoder(model, False)
+    parts.follow_backbone(model, False)
     state = hosts.step_out(model)
     sites.unmark(model)
     hub.leave_attention(model)

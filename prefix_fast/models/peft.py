@@ -22,7 +22,7 @@ from torch import Tensor
 from prefix_fast import selfcheck
 from prefix_fast.checkpoint import PEFT_TYPES
 from prefix_fast.geometry import Geometry, check_same_geometry, model_sites, peft_layers, split_flat
-from prefix_fast.models import admission, hosts, hub, sites
+from prefix_fast.models import admission, hosts, hub, parts, sites
 from prefix_fast.models.loss import loss_plan
 from prefix_fast.models.seq2seq_loss import seq2seq_plan
 
@@ -193,7 +193,7 @@ def patch_peft(
         plan=plan,
     )
     hosts.step_in(reader, hosts.BorrowingHost, state)
-    hosts.follow_backbone(reader, True)
+    parts.follow_backbone(reader, True)
     hosts.step_in(model, mixin, PeftState(backend), STATE)
     return model
 
@@ -241,7 +241,7 @@ def unpatch_peft(model: Any) -> Any:
     """`unpatch` for a PeftModel that is patched."""
     reader = _reader(model)
     hosts.step_out(model, STATE)
-    hosts.follow_backbone(reader, False)
+    parts.follow_backbone(reader, False)
     hosts.step_out(reader)
     sites.unmark(reader)
     hub.leave_attention(reader)
