@@ -117,7 +117,7 @@ class HostMixin:
     def _forward_packed(self, run: Callable, arguments: dict[str, Any], context: hub.PrefixContext) -> Any:
         """`run` on the arguments with the prefix and shifted positions, several texts in a row kept apart."""
         state: HostState = self.__dict__[STATE]
-        padding = self.config.pad_token_id  # type: ignore[attr-defined]
+        padding, explicit = self.config.pad_token_id, arguments.get("position_ids") is not None  # type: ignore[attr-defined]
         positions = families.shifted_positions(state.positions, arguments, context.length, padding)
         families.check_positions(positions, state.limit, type(self).__name__)
         if torch.compiler.is_compiling():
@@ -127,7 +127,7 @@ class HostMixin:
         with self._compute(positions.device.type):
             if state.packs:
                 try:
-                    return run(packed.flattened(arguments))
+                    return run(packed.flattened(arguments, explicit))
                 except packed.CannotPackError:
                     state.packs = False
             return run(arguments)

@@ -148,7 +148,7 @@ def _is_causal(module: Any) -> bool:
     return getattr(module, "is_causal", True)
 
 
-def flattened(arguments: dict[str, Any]) -> dict[str, Any]:
+def flattened(arguments: dict[str, Any], explicit: bool) -> dict[str, Any]:
     """The arguments of a call whose one row is several texts, with a context that keeps them apart; else as they are.
 
     Texts begin where the offsets say or, without them and a padding mask, where positions go back to the first one;
@@ -156,6 +156,7 @@ def flattened(arguments: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments: the call's, by name, with its positions and context.
+        explicit: whether the caller gave the positions; others are one text's.
 
     Raises:
         ValueError: offsets that do not end with the row's tokens (looked at on the CPU).
@@ -166,7 +167,7 @@ def flattened(arguments: dict[str, Any]) -> dict[str, Any]:
     if torch.compiler.is_compiling() or rows != 1 or arguments.get("past_key_values") is not None:
         return arguments
     if offsets is None:
-        if arguments.get("attention_mask") is not None:
+        if not explicit or arguments.get("attention_mask") is not None:
             return arguments
         starts = (positions[0].diff() != 1).nonzero()[:, 0] + 1
         if not starts.numel() or (positions[0][starts] != positions[0, 0]).any():
