@@ -9,6 +9,7 @@ import torch
 from models_zoo import make_batch, make_model, make_peft, make_prefix
 from torch import nn
 
+from prefix_fast import dispatch
 from prefix_fast.patching import patch, unpatch
 from prefix_fast.prefix import PrefixConfig
 
@@ -157,14 +158,17 @@ def test_model_that_cannot_be_patched(make, error, message):
         ({"prefix": True}, TypeError, "expected prefix to be None, an int, .* got bool"),
         ({"prefix": 3.5}, TypeError, "got float"),
         ({"prefix": -1}, ValueError, "prefix >= 0 virtual tokens, got -1"),
-        ({"backend": "tpu"}, ValueError, "backend to be one of auto, triton, cpu, reference, .* got 'tpu'"),
-        ({"backend": "cuda"}, NotImplementedError, "backend that can run here, got 'cuda': this release has no cuda"),
+        ({"backend": "tpu"}, ValueError, "backend to be one of auto, triton, .* got 'tpu'"),
+        ({"backend": "missing"}, NotImplementedError, "backend that can run here, got 'missing': no such device"),
         ({"compute_dtype": torch.float64}, TypeError, "bfloat16 or torch.float16, got torch.float64"),
         ({"compute_dtype": "bf16"}, TypeError, "got bf16"),
         ({"prefix": PrefixConfig(3, sites=("encoder",))}, NotImplementedError, "sites=.*no encoder attention"),
     ],
 )
-def test_bad_arguments(arguments, error, message):
+def test_bad_arguments(arguments, error, message, monkeypatch):
+    missing = dispatch.BackendInfo("missing", False, "no such device", "cuda")
+    monkeypatch.setattr(dispatch, "NAMES", (*dispatch.NAMES, "missing"))
+    monkeypatch.setattr(dispatch, "backends", lambda: [missing])
     model = make_model("gpt2")
     with pytest.raises(error, match=message):
         patch(model, **arguments)

@@ -86,7 +86,7 @@ def test_disabled_adapter_is_the_base_model():
     base = make_model("llama")
     generate = {"max_new_tokens": 5, "pad_token_id": 2, "do_sample": False}
     with model.disable_adapter():
-        assert torch.equal(model(**arguments).logits, base(**arguments).logits)
+        assert_close(model(**arguments).logits, base(**arguments).logits, 1e-5)  # its norms and MLPs are fused
         assert torch.equal(model.generate(**arguments, **generate), base.generate(**arguments, **generate))
     assert not torch.equal(model(**arguments).logits, base(**arguments).logits)
 
