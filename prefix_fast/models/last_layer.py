@@ -40,10 +40,11 @@ class LastLayer(Stepped):
         try:
             run(last.rest, _KeysAlone())
         except _FoundKeys as found:
-            return tree_map(last.spread, run(last.needed, _NeededQueries(context, last, found)))  # type: ignore[arg-type]
-        raise RuntimeError(
-            f"{type(self).__name__}: expected attention in the last layer, got none; patch the model again"
-        )
+            rest = found.key, found.value  # the exception itself would keep what the layer had computed
+        else:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: expected attention in the last layer, got none; patch the model again")
+        return tree_map(last.spread, run(last.needed, _NeededQueries(context, last, *rest)))  # type: ignore[arg-type]
 
 
 class _FoundKeys(Exception):  # noqa: N818 - a signal within this module
@@ -65,16 +66,17 @@ class _KeysAlone:
 class _NeededQueries:
     """In the place of a context: the needed queries read the keys of all tokens."""
 
-    def __init__(self, context: PackedContext, last: LastTokens, rest: _FoundKeys) -> None:
+    def __init__(self, context: PackedContext, last: LastTokens, rest_key: Tensor, rest_value: Tensor) -> None:
         self.context = PackedContext(context.prefix, last.rows, context.kept)
         self.last = last
-        self.rest = rest
+        self.rest_key = rest_key
+        self.rest_value = rest_value
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """Attention of the needed tokens [1, H, needed, D]."""
-        key, value = self.last.joined(key, self.rest.key), self.last.joined(value, self.rest.value)
+        key, value = self.last.joined(key, self.rest_key), self.last.joined(value, self.rest_value)
         return self.context.attend(module, query, key, value, mask, **options)
 
 
