@@ -83,7 +83,10 @@ class Place:
 
 
 def run(call: Call, library: Library, machine: Machine, tf32: bool = False) -> dict[str, Tensor]:
-    """out, lse and every wanted gradient; raises what the machine's checks have found first."""
+    """out, lse and every wanted gradient; raises what the machine's checks have found first.
+
+    `machine.ran` are the names of the kernels.
+    """
     plain = problem_of(call)
     problem = with_plans(placed(call, plain, machine), machine)
     grad_out, grad_lse = gradients_of(call, plain)
@@ -100,8 +103,8 @@ def run(call: Call, library: Library, machine: Machine, tf32: bool = False) -> d
     wanted = Grads(grads["query"], grads["key"], grads["value"], of_sets)
     place = Place(machine, random.Random(call.case.seed))
     try:
-        library.module.forward(problem, out, lse, place, tf32)
-        library.module.backward(problem, out, lse, grad_out, given_lse, wanted, place, tf32)
+        machine.ran = library.module.forward(problem, out, lse, place, tf32)
+        machine.ran += " " + library.module.backward(problem, out, lse, grad_out, given_lse, wanted, place, tf32)
     except RuntimeError:
         machine.assert_clean()
         raise

@@ -11,6 +11,7 @@ A launch ends where it would have gone wrong; what was found says check, source 
 
 import ctypes
 import functools
+import re
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,12 +115,19 @@ def _load(library: Path) -> ctypes.CDLL:
     return loaded
 
 
-@functools.cache
-def source_lines(library: Path, place: int) -> tuple[str, ...]:
-    """The line of a return address in a library, and the calls that were inlined, the innermost first."""
-    command = ["addr2line", "-i", "-e", str(library), hex(place - 1)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return tuple(f"{Path(line.rpartition(':')[0]).name}:{line.rpartition(':')[2].split()[0]}" for line in found)
+_lines: dict[tuple[Path, int], tuple[str, ...]] = {}  # by library and return address
+
+
+def source_lines(library: Path, places: list[int]) -> list[tuple[str, ...]]:
+    """The lines of return addresses in a library, each with the calls that were inlined, the innermost first."""
+    unknown = sorted({place for place in places if (library, place) not in _lines})
+    if unknown:
+        command = ["addr2line", "-a", "-i", "-e", str(library), *(hex(place - 1) for place in unknown)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for place, block in zip(unknown, re.split(r"^0x[0-9a-f]+\n", found, flags=re.MULTILINE)[1:], strict=True):
+            parts = [line.rpartition(":") for line in block.splitlines()]
+            _lines[library, place] = tuple(f"{Path(file).name}:{number.split()[0]}" for file, _, number in parts)
+    return [_lines[library, place] for place in places]
 
 
 @functools.cache
@@ -143,6 +151,7 @@ class Machine:
         settings = _Settings(seed, SHARED_LIMITS[arch], most_accesses, most_findings, resident, traffic)
         self._loaded.cuda_emulator_begin(ctypes.byref(settings))
         self._memories: list[Tensor] = []
+        self.ran = ""  # a caller's note of the kernels that it launched
 
     def input(self, tensor: Tensor, name: str, layout: str = "dense") -> Tensor:
         """A copy, laid out so, that a kernel may read."""
@@ -184,7 +193,7 @@ class Machine:
         return [self._finding(first[i]) for i in range(count)]
 
     def _finding(self, raw: _Finding) -> Finding:
-        lines = source_lines(self.library, raw.place) if raw.place else ()
+        lines = source_lines(self.library, [raw.place])[0] if raw.place else ()
         own = [at for at in lines if at.partition(":")[0] not in _wrappers()]
         file, _, line = own[0].rpartition(":") if own else ("", "", "0")
         number = int(line) if line.isdigit() else 0
@@ -210,8 +219,8 @@ class Machine:
         room = self._loaded.cuda_emulator_traffic(None, 0)
         raw = (_Traffic * room)()
         self._loaded.cuda_emulator_traffic(raw, room)
-        counts = Traffic._fields[1:]
-        return [Traffic(source_lines(self.library, t.place), *(getattr(t, name) for name in counts)) for t in raw]
+        lines = source_lines(self.library, [t.place for t in raw])
+        return [Traffic(at, *(getattr(t, n) for n in Traffic._fields[1:])) for at, t in zip(lines, raw, strict=True)]
 
 
 def _argument(value: Any) -> Any:

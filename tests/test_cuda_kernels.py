@@ -1,7 +1,8 @@
-"""The CUDA kernels, run by the emulator with every check on, against the float64 truth."""
+"""The CUDA kernels, run by the emulator with every check on, against the float64 truth; and wrong kernels, all seen."""
 
 from dataclasses import replace
 
+import cuda_mutants
 import pytest
 import torch
 from cuda_cases import ALL_HEAD_DIMS, DTYPES, HEAD_DIMS, call_of, check, check_conflicts, check_order, load
@@ -12,6 +13,7 @@ pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "ru
 
 # Random calls of `make test`, by type of products; 25 are a test.
 QUICK = {"fp16": 200, "bf16": 100, "fp32": 125, "tf32": 75}
+SAMPLE = (3, 7, 12, 26, 42)  # of cuda_mutants.MUTANTS
 MANY = 600  # of each type in `make test-all`
 
 
@@ -69,3 +71,17 @@ def test_loops_of_products_have_no_bank_conflicts(products):
     library = load(kernels_module(products, HEAD_DIMS))
     for seed in range(320, 328):
         check_conflicts(call_of(seed, products), library, products)
+
+
+def test_wrong_kernels_follow_the_sources(tmp_path):
+    assert len(cuda_mutants.MUTANTS) >= 20
+    for number, mutant in enumerate(cuda_mutants.MUTANTS):
+        cuda_mutants.sources_of(mutant, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("number", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow)
+                                    for n in range(len(cuda_mutants.MUTANTS))])  # fmt: skip
+def test_wrong_kernel_is_seen_by_its_check(number):
+    mutant = cuda_mutants.MUTANTS[number]
+    name, text = cuda_mutants.killer(mutant)
+    assert name in cuda_mutants.named(mutant), text or "no check has seen it"

@@ -1,5 +1,6 @@
 // __syncthreads, named barriers, fences and the atomics' part in the order of accesses.
 
+#include <algorithm>
 #include <cstring>
 
 #include "memory.h"
@@ -32,6 +33,8 @@ bool arrive(Thread& me, int number, int expected, bool waits) {
     else
         barrier.time[w] = ++machine.clock;
     me.barrier = static_cast<uint8_t>(number);
+    for (int other = 0; number != 0 && other < block.warps; ++other)
+        barrier.known[other] = std::max(barrier.known[other], me.warp->warp_time[other]);
     return ++barrier.arrived == expected;
 }
 

@@ -38,7 +38,7 @@ namespace cuda_emulator {
 Stacks stacks;
 
 namespace {
-constexpr size_t kGuardBytes = 4096, kSavedRegisters = 6;
+constexpr size_t kSavedRegisters = 6, kLeastRoom = 16 * 1024;
 constexpr size_t kColours = 29, kColourBytes = 17 * 64;
 }  // namespace
 
@@ -53,8 +53,15 @@ void Stacks::reserve(size_t count) {
         std::abort();
     }
     base_ = reinterpret_cast<uint64_t>(memory);
-    for (size_t i = 0; i < count; ++i)
-        mprotect(reinterpret_cast<void*>(base_ + i * kStackBytes), kGuardBytes, PROT_NONE);
+}
+
+void Stacks::check_room(size_t number) const {
+    const uint64_t low = base_ + number * kStackBytes,
+                   here = reinterpret_cast<uint64_t>(__builtin_frame_address(0));
+    if (here - low >= kLeastRoom) return;
+    std::fprintf(stderr, "cuda_emulator: a thread's stack of %zu bytes is too small for a kernel\n",
+                 kStackBytes);
+    std::abort();
 }
 
 void* Stacks::prepare(size_t number, void (*entry)()) {

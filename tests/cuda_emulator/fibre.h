@@ -17,6 +17,9 @@ class Stacks {
     // Makes room for `count` stacks; their pages exist once they are touched.
     void reserve(size_t count);
     bool contains(uint64_t address) const { return address - base_ < bytes_; }
+    // Ends the process if the running fibre, on the stack of this number, has little room left. (Guard pages
+    // would be two mappings a stack, and a process may have 65530.)
+    void check_room(size_t number) const;
     // A stack pointer with which a switch enters `entry`, which must not return.
     void* prepare(size_t number, void (*entry)());
 

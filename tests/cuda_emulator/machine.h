@@ -79,6 +79,7 @@ enum class State : uint8_t { kReady, kInWarp, kAtBarrier, kExited };
 
 struct Thread {
     void* stack_pointer;
+    size_t stack;  // number of its stack
     Warp* warp;
     uint3 index;
     uint32_t id;      // in the grid: block number * kMaxThreads + number in the block
@@ -128,6 +129,7 @@ struct Barrier {
     uint32_t lanes[kMaxWarps];    // that have arrived, of each warp
     uint32_t waiting[kMaxWarps];  // those of them that wait
     uint32_t time[kMaxWarps];     // accesses of the warp before it are published
+    uint32_t known[kMaxWarps];    // what those that have arrived knew of each warp: of a named barrier
 };
 
 // An atomic operation of a thread, or the fence that made it an acquisition: of the word's first releases.

@@ -40,10 +40,9 @@ void order_warps(Block& block, const Barrier& barrier) {
     block.named_time = now;
     uint32_t joined[kMaxWarps] = {};
     for (int w = 0; w < block.warps; ++w) {
-        if (barrier.lanes[w] == 0) continue;
-        for (int other = 0; other < block.warps; ++other)
-            joined[other] = std::max(joined[other], block.warp[w].warp_time[other]);
-        joined[w] = std::max(joined[w], barrier.waiting[w] != 0 ? now : barrier.time[w]);
+        joined[w] = barrier.known[w];
+        if (barrier.lanes[w] != 0)
+            joined[w] = std::max(joined[w], barrier.waiting[w] != 0 ? now : barrier.time[w]);
     }
     for (int w = 0; w < block.warps; ++w) {
         if (barrier.waiting[w] == 0) continue;

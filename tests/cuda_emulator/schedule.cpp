@@ -105,7 +105,8 @@ void begin_block(Block& block, uint32_t number, int slot) {
         thread.open_group = 0;
         thread.fence_time = thread.fence_block_time = thread.fence_warp_time = 0;
         thread.copies.clear();
-        thread.stack_pointer = stacks.prepare(static_cast<size_t>(slot) * kMaxThreads + n, run_fibre);
+        thread.stack = static_cast<size_t>(slot) * kMaxThreads + n;
+        thread.stack_pointer = stacks.prepare(thread.stack, run_fibre);
     }
     shared_memory.begin_block(slot);
 }
@@ -221,6 +222,7 @@ void give_way(State state, uint64_t place) {
     Thread& me = *machine.current;
     Warp& warp = *me.warp;
     Block& block = *warp.block;
+    stacks.check_room(me.stack);
     me.state = state;
     me.place = place;
     warp.ready &= ~(1u << me.lane);
