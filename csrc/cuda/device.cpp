@@ -28,9 +28,11 @@ extern "C" int prefix_fast_runtime_version() {
 // The device that a stream belongs to; -1 where the driver cannot tell.
 extern "C" int prefix_fast_device_of_stream(void* stream) {
     int device = -1;
+#if CUDART_VERSION >= 12080
     if (cudaStreamGetDevice(static_cast<cudaStream_t>(stream), &device) != cudaSuccess) {
         cudaGetLastError();
         return -1;
     }
+#endif
     return device;
 }
