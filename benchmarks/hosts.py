@@ -84,10 +84,17 @@ def checkpointed_model(size: Size, keep_attention: bool) -> nn.Module:
     return model
 
 
+def half_model(size: Size) -> nn.Module:
+    """The patched plain model, computing in bfloat16."""
+    model = patched_model(size)
+    return patch(model, model.prefix, compute_dtype=torch.bfloat16)
+
+
 MODELS = {
     "PEFT": peft_model,
     "patch(peft_model)": patched_peft_model,
     "patch(model, prefix)": patched_model,
+    "compute_dtype=bfloat16": half_model,
     "checkpointing": partial(checkpointed_model, keep_attention=False),
     "checkpointing, attention kept": partial(checkpointed_model, keep_attention=True),
     "no prefix": base_model,

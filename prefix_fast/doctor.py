@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from prefix_fast import dispatch, linears, selfcheck, testing, tuning
+from prefix_fast import dispatch, half, linears, selfcheck, testing, tuning
 from prefix_fast.backends import cuda, native, triton, triton_vetting
 from prefix_fast.backends.triton_config import Tile
 from prefix_fast.backends.triton_vetting import Configuration, Verdict
@@ -155,6 +155,8 @@ def environment() -> dict[str, str]:
         "processor": f"{linears.processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
     }
+    reason = half.lacking(torch.device("cpu"), torch.bfloat16)
+    facts["compute_dtype=bfloat16"] = reason or "native; copies of frozen linear weights, half of float32's bytes"
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     if native.availability() is None:

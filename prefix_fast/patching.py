@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prefix_fast import dispatch, selfcheck
+from prefix_fast import dispatch, half, selfcheck
 from prefix_fast.bank import PrefixBank
 from prefix_fast.bank_files import holds_bank
 from prefix_fast.geometry import model_sites
@@ -54,7 +54,9 @@ def patch(
         trim_last_layer: with `padding_free`, compute in the last layer keys and values of all tokens, and the rest of
             the tokens between a row's first and last label alone. Logits that are read then cost a second forward;
             from the next call on the last layer computes everything.
-        compute_dtype: run every forward under autocast of this dtype, bfloat16 or float16. None: as called.
+        compute_dtype: run every forward under autocast of this dtype, bfloat16 or float16, beside a float32 prefix. The
+            weights stay as they are; those of frozen linear layers are copied once and not in every forward, which
+            takes half of their memory more until `unpatch`. None: as called.
 
     Returns:
         The same model.
@@ -63,7 +65,7 @@ def patch(
         TypeError: an argument of another type. ValueError: a prefix for another model, an unknown backend, arguments
             that contradict each other. NotImplementedError: a model that cannot be patched, with the reason.
     """
-    _check_options(backend, compute_dtype)
+    _check_options(backend, compute_dtype, model)
     if _is_peft(model):
         from prefix_fast.models import peft
 
@@ -75,7 +77,7 @@ def patch(
         if peft.is_patched(model):
             unpatch(model)
         peft.patch_peft(model, backend, fused_loss, compute_dtype, padding_free, trim_last_layer)
-        linears.step_in(model.base_model)
+        linears.step_in(model.base_model, compute_dtype)
         last_layer.step_in(model.base_model)
         return model
 
@@ -125,7 +127,7 @@ def patch(
     hosts.step_in(model, BankHost if isinstance(module, PrefixBank) else hosts.PrefixHost, state)
     if offered.is_encoder_decoder:
         parts.follow_encoder(model, module is not None and "encoder" in module.sites)
-    linears.step_in(model)
+    linears.step_in(model, compute_dtype)
     if not offered.is_encoder_decoder:
         last_layer.step_in(model)
         parts.follow_backbone(model, True)
@@ -220,17 +222,21 @@ def _prefix_module(prefix: Any, model: Any) -> Prefix | PrefixBank | None:
     return Prefix(prefix or PrefixConfig(), model.config)
 
 
-def _check_options(backend: str, compute_dtype: torch.dtype | None) -> None:
+def _check_options(backend: str, compute_dtype: torch.dtype | None, model: Any) -> None:
     if backend not in dispatch.NAMES:
         raise ValueError(f"patch: expected backend to be one of {', '.join(dispatch.NAMES)}, got {backend!r}")
     reasons = [info.reason for info in dispatch.backends() if info.name == backend and not info.available]
     if reasons:
         raise NotImplementedError(f"patch: expected a backend that can run here, got {backend!r}: {reasons[0]}")
-    if compute_dtype not in (None, torch.bfloat16, torch.float16):
+    if compute_dtype not in (None, *half.DTYPES):
         raise TypeError(
             f"patch: expected compute_dtype to be torch.bfloat16 or torch.float16, got {compute_dtype}; leave it out to"
             " compute in the model's own dtype"
         )
+    if compute_dtype is not None and isinstance(model, torch.nn.Module):
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        if device.type != "cpu" or not torch.cuda.is_available():  # from there it can still go to the GPU
+            half.check("patch", device, compute_dtype)
 
 
 def _is_peft(model: Any) -> bool:

@@ -71,6 +71,14 @@ def data_dir() -> Path:
 
 
 @pytest.fixture
+def any_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-precision compute is let in although the CPU may have no instructions for it."""
+    from prefix_fast import half
+
+    monkeypatch.setattr(half, "lacking", lambda *_: None)
+
+
+@pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A faked card of compute capability 9.0, and a cache of its own."""
     from faked_cards import fake_cards, forget

@@ -14,7 +14,7 @@ LAYERS = (
     ("prefix_fast.kernels.prefix_attention_bwd_dq",),
     ("prefix_fast.kernels",),
     ("prefix_fast.backends.problem", "prefix_fast.backends.triton_config", "prefix_fast.files", "prefix_fast.kept"),
-    ("prefix_fast.backends.triton_neighbours", "prefix_fast.backends.shapes"),
+    ("prefix_fast.backends.triton_neighbours", "prefix_fast.backends.shapes", "prefix_fast.half"),
     ("prefix_fast.backends.triton_vetting",),
     ("prefix_fast.backends.triton_call", "prefix_fast.backends.triton_cost", "prefix_fast.backends.triton_partials"),
     ("prefix_fast.backends.triton_decode",),

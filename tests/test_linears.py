@@ -385,5 +385,6 @@ def test_measurement_times_both_and_finds_wrong_numbers(monkeypatch):
     times = linears.measure(product)
     assert 0 < times.torch < 1 and 0 < times.onednn < 1
     assert Times(1.0, 0.94).fastest == "onednn" and Times(1.0, 0.96).fastest == "torch"
+    assert Times(102e-6, 94e-6).fastest == "torch" and Times(300e-6, 200e-6).fastest == "onednn"  # a call takes 25 µs
     monkeypatch.setattr(linears, "_onednn", lambda x, matrix, bias=None: F.linear(x, matrix, bias) * (1 + 1e-4))
     assert linears.measure(product).onednn == torch.inf and linears.measure(product).fastest == "torch"

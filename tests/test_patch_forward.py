@@ -102,7 +102,7 @@ def test_bfloat16_model_with_float32_prefix_is_as_exact_as_transformers(family):
         assert error <= 2 * allowed + 0.02 * exact.abs().max()
 
 
-def test_compute_dtype_runs_under_autocast():
+def test_compute_dtype_runs_under_autocast(any_half):
     model, batch = make_model("llama"), make_batch("left")
     expected = reference_run(twin(model), batch)
     logits, loss, *gradients = patched_run(patch(model, make_prefix(model, P), compute_dtype=torch.bfloat16), batch)

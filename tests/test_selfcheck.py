@@ -139,7 +139,7 @@ def test_autocast_decides_what_a_model_needs(checked, monkeypatch):
         (torch.float32, torch.bfloat16, (torch.bfloat16, torch.bfloat16)),
     ],
 )
-def test_patch_vets_what_its_model_runs_and_each_call_what_it_is(monkeypatch, dtype, compute_dtype, expected):
+def test_patch_vets_what_its_model_runs_and_each_call_what_it_is(monkeypatch, any_half, dtype, compute_dtype, expected):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from prefix_fast import patch

@@ -198,7 +198,7 @@ def test_gradient_checkpointing():
     assert_same_step(model, make_features())
 
 
-def test_half_precision_compute():
+def test_half_precision_compute(any_half):
     model, features = plain("llama"), make_features()
     expected = model(**shared(features)).loss
     model._prefix_fast.compute_dtype = torch.bfloat16

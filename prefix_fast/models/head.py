@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefix_fast import half
 from prefix_fast.linear_loss import linear_cross_entropy
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -44,8 +45,11 @@ def frozen_head(head: Any, extra_bias: Tensor | None = None) -> FrozenHead | Non
     tensors = [tensor for tensor in (head.weight, head.bias, extra_bias) if tensor is not None]
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.requires_grad for tensor in tensors):
         return None
-    bias: Tensor | None = head.bias
+    weight, bias = head.weight, head.bias
+    dtype = half.dtype_of(head)
+    if dtype is not None:
+        weight, bias = half.copy_of(weight, dtype), None if bias is None else half.copy_of(bias, dtype)
     if extra_bias is not None:
-        extra_bias = extra_bias.reshape(-1).to(head.weight)
+        extra_bias = extra_bias.reshape(-1).to(weight)
         bias = extra_bias if bias is None else bias + extra_bias
-    return FrozenHead(head.weight, bias)
+    return FrozenHead(weight, bias)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast import half
 from prefix_fast.choice import Choice
 from prefix_fast.models import checkpointing, families, hub, packed, saving, shared_sources, sites
 from prefix_fast.models.hub import States
@@ -183,7 +184,11 @@ class HostMixin:
 
     def _compute(self, device: str) -> Any:
         dtype = self.__dict__[STATE].compute_dtype
-        return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+        if dtype is None:
+            return nullcontext()
+        if not torch.compiler.is_compiling():  # the model may have come to its device after patch
+            half.check(type(self).__name__, torch.device(device), dtype)
+        return torch.autocast(device, dtype=dtype)
 
     def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """The 2-D padding mask as it is: the layers' masks are never materialised, also for static caches."""

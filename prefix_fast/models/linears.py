@@ -1,8 +1,8 @@
 """Which modules of a patched model compute otherwise while it is frozen: linear layers, and chains of `pointwise`.
 
-The module's class steps aside as the model's does (see `hosts`); it has nothing to remember, so copies and pickles are
-as ever. Every call looks whether it still may: a weight that is trained again, another device or dtype, autocast and
-torch.compile run the class's own forward.
+The module's class steps aside as the model's does (see `hosts`); all that it remembers is the dtype in which it is to
+compute, if that is not its weight's, so copies and pickles are as ever. Every call looks whether it still may: a weight
+that is trained again, another device or dtype, other autocast and torch.compile run the class's own forward.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from prefix_fast import linears
+from prefix_fast import half, linears
 from prefix_fast.models import hosts, pointwise
 from prefix_fast.models.stepped import Stepped
 
@@ -28,7 +29,16 @@ class FrozenLinear(Stepped):
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            out = linears.frozen_linear(args[0], self.weight, self.bias, self._transposed)
+            weight, bias = self.weight, self.bias
+            dtype = half.dtype_of(self)
+            if dtype is None:
+                out = linears.frozen_linear(args[0], weight, bias, self._transposed)
+            else:
+                x, weight = args[0].to(dtype), half.copy_of(weight, dtype)
+                bias = None if bias is None else half.copy_of(bias, dtype)
+                out = linears.frozen_linear(x, weight, bias, self._transposed)
+                if out is None:
+                    out = F.linear(x, weight.t() if self._transposed else weight, bias)
             if out is not None:
                 return out
         return forward(self, *args, **kwargs)
@@ -40,8 +50,13 @@ class FrozenConv1D(FrozenLinear):
     _transposed = True
 
 
-def step_in(model: Any) -> None:
-    """Let the frozen parts of a patched model compute in their faster way; the prefix is not among them."""
+def step_in(model: Any, compute_dtype: torch.dtype | None = None) -> None:
+    """Let the frozen parts of a patched model compute in their faster way; the prefix is not among them.
+
+    Args:
+        model: patched.
+        compute_dtype: in which it computes under autocast, where that is not its weights'.
+    """
     step_out(model)
     if linears.choice() == "0":
         return
@@ -54,9 +69,12 @@ def step_in(model: Any) -> None:
         if mixin is None or linears.is_watched(module):
             continue
         if issubclass(mixin, FrozenLinear):
-            if not _can_step_in(module):
+            if not _can_step_in(module, compute_dtype):
                 continue
-            dtypes.add(module.weight.dtype)
+            if compute_dtype is not None:
+                module.__dict__[half.MARK] = compute_dtype
+            if module.weight.is_cpu:
+                dtypes |= {compute_dtype or module.weight.dtype} & set(linears.DTYPES)
         elif not frozen:
             continue
         module.__class__ = hosts.patched_class(own_class, mixin)
@@ -65,9 +83,13 @@ def step_in(model: Any) -> None:
 
 def step_out(model: Any) -> None:
     """Give those modules their own classes back."""
+    module: Any
     for module in model.modules():
         if isinstance(module, Stepped) and hosts.is_patched(module):
             module.__class__ = type(module)._prefix_fast_class
+            if module.__dict__.pop(half.MARK, None) is not None:
+                for parameter in module.parameters(recurse=False):
+                    half.forget(parameter)
 
 
 @functools.cache
@@ -77,12 +99,11 @@ def _mixins() -> dict[Any, Any]:
     return {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D}
 
 
-def _can_step_in(module: Any) -> bool:
+def _can_step_in(module: Any, compute_dtype: torch.dtype | None) -> bool:
     parameters = [parameter for parameter in (module.weight, module.bias) if parameter is not None]
     return module.weight.numel() >= LEAST_WEIGHT and all(
         type(parameter) is nn.Parameter
-        and parameter.is_cpu
-        and parameter.dtype in linears.DTYPES
+        and (parameter.is_floating_point() if compute_dtype else parameter.is_cpu and parameter.dtype in linears.DTYPES)
         and not parameter.requires_grad
         for parameter in parameters
     )
