@@ -111,6 +111,8 @@ def dtype_of(layer: torch.nn.Module) -> torch.dtype | None:
     return dtype if plain else None
 
 
-def forget(weight: Tensor) -> None:
-    """Give the copy's memory back."""
-    _copies.pop(weight, None)
+def forget(*weights: Tensor | None) -> None:
+    """Give the memory of their copies back."""
+    for weight in weights:
+        if weight is not None:
+            _copies.pop(weight, None)

@@ -13,6 +13,7 @@ from typing import Any
 
 from prefix_fast.kept import keep_attention
 
+STATE = "_prefix_fast"  # in a patched model's __dict__: its HostState
 KEEP = "keep_attention"  # ours among the keywords of `gradient_checkpointing_enable`
 
 
@@ -60,7 +61,37 @@ def needs_input_grads(model: Any) -> bool:
     return any(getattr(function, "keywords", {}).get("use_reentrant") is not False for function in functions)
 
 
-def has_input_hooks(model: Any) -> bool:
-    """Whether the hooks of transformers' `enable_input_require_grads` are in place."""
+def leave_out_input_grads(model: Any) -> None:
+    """Turn a call of `enable_input_require_grads` before patch into one of the patched model."""
     hooks = [*(getattr(model, "_require_grads_hooks", None) or ()), getattr(model, "_require_grads_hook", None)]
-    return any(hook is not None and hook.id in (hook.hooks_dict_ref() or {}) for hook in hooks)
+    if any(hook is not None and hook.id in (hook.hooks_dict_ref() or {}) for hook in hooks):
+        model.disable_input_require_grads()
+        model.enable_input_require_grads()
+
+
+class Checkpointed:
+    """What a patched model does otherwise than its class when gradient checkpointing is switched on."""
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
+    ) -> None:
+        if gradient_checkpointing_func is not None:
+            checkpoint = checkpoint_function(gradient_checkpointing_func, type(self).__name__)
+            kwargs["gradient_checkpointing_func"] = checkpoint
+        super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
+
+    def enable_input_require_grads(self) -> None:
+        """Lets the embeddings require gradients only where a layer runs reentrant checkpointing, which needs it.
+
+        transformers and PEFT call this together with gradient checkpointing. Of the non-reentrant kind, the only one
+        with which the prefix gets a gradient, no layer needs it, and nothing is computed below the first prefix.
+        """
+        if needs_input_grads(self):
+            super().enable_input_require_grads()  # type: ignore[misc]
+        else:
+            self.__dict__[STATE].input_grads = True
+
+    def disable_input_require_grads(self) -> None:
+        """As of the class."""
+        self.__dict__[STATE].input_grads = False
+        super().disable_input_require_grads()  # type: ignore[misc]

@@ -22,11 +22,10 @@ from torch import Tensor
 from prefix_fast import half
 from prefix_fast.choice import Choice
 from prefix_fast.models import checkpointing, families, hub, packed, saving, shared_sources, sites
+from prefix_fast.models.checkpointing import STATE
 from prefix_fast.models.hub import States
 from prefix_fast.models.loss import LossPlan, can_fuse, fused_forward
 from prefix_fast.models.seq2seq_loss import Seq2SeqPlan, can_fuse_seq2seq, fused_seq2seq_forward
-
-STATE = "_prefix_fast"
 
 
 @dataclass
@@ -78,7 +77,7 @@ class HostState:
         )
 
 
-class HostMixin:
+class HostMixin(checkpointing.Checkpointed):
     """What a patched transformers model does otherwise than its class."""
 
     _prefix_fast_class: Any  # the class that was stepped into
@@ -184,11 +183,9 @@ class HostMixin:
 
     def _compute(self, device: str) -> Any:
         dtype = self.__dict__[STATE].compute_dtype
-        if dtype is None:
-            return nullcontext()
-        if not torch.compiler.is_compiling():  # the model may have come to its device after patch
+        if dtype is not None and not torch.compiler.is_compiling():  # the model may have come here after patch
             half.check(type(self).__name__, torch.device(device), dtype)
-        return torch.autocast(device, dtype=dtype)
+        return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
 
     def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """The 2-D padding mask as it is: the layers' masks are never materialised, also for static caches."""
@@ -200,30 +197,6 @@ class HostMixin:
             f"{type(self).__name__}: expected no change of the attention implementation while a prefix is patched in,"
             f" got {attn_implementation!r}; unpatch the model first"
         )
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
-    ) -> None:
-        if gradient_checkpointing_func is not None:
-            checkpoint = checkpointing.checkpoint_function(gradient_checkpointing_func, type(self).__name__)
-            kwargs["gradient_checkpointing_func"] = checkpoint
-        super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
-
-    def enable_input_require_grads(self) -> None:
-        """Lets the embeddings require gradients only where a layer runs reentrant checkpointing, which needs it.
-
-        transformers and PEFT call this together with gradient checkpointing. Non-reentrant checkpointing, the only one
-        with which the prefix gets a gradient, finds it without, and nothing is computed below the first prefix.
-        """
-        if checkpointing.needs_input_grads(self):
-            super().enable_input_require_grads()  # type: ignore[misc]
-        else:
-            self.__dict__[STATE].input_grads = True
-
-    def disable_input_require_grads(self) -> None:
-        """As of the class."""
-        self.__dict__[STATE].input_grads = False
-        super().disable_input_require_grads()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._prefix_fast_class, _mixin_of(type(self))), self.__dict__
@@ -347,9 +320,8 @@ def step_in(model: Any, mixin: Any, state: Any, name: str = STATE) -> None:
     cls: Any = type(model)
     model.__dict__[name] = state
     model.__class__ = patched_class(cls, mixin)
-    if isinstance(state, HostState) and checkpointing.has_input_hooks(model):
-        model.disable_input_require_grads()
-        model.enable_input_require_grads()
+    if isinstance(state, HostState):
+        checkpointing.leave_out_input_grads(model)
 
 
 def step_out(model: Any, name: str = STATE) -> Any:

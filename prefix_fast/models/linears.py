@@ -83,13 +83,11 @@ def step_in(model: Any, compute_dtype: torch.dtype | None = None) -> None:
 
 def step_out(model: Any) -> None:
     """Give those modules their own classes back."""
-    module: Any
     for module in model.modules():
         if isinstance(module, Stepped) and hosts.is_patched(module):
             module.__class__ = type(module)._prefix_fast_class
             if module.__dict__.pop(half.MARK, None) is not None:
-                for parameter in module.parameters(recurse=False):
-                    half.forget(parameter)
+                half.forget(module.weight, module.bias)  # type: ignore[attr-defined]
 
 
 @functools.cache
