@@ -20,6 +20,7 @@ import pybind11
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR, KERNELS = ROOT / "tests" / "cuda_emulator", ROOT / "csrc" / "cuda"
 TYPES = ("fp16", "bf16", "fp32", "tf32")  # of the products of csrc/cuda
+MOST_TF32 = 128  # the head dim beyond which a call that asks for tf32 runs the products of fp32
 BUILD = ROOT / "build" / "cuda_emulator"
 
 COMMON_FLAGS = (
@@ -58,19 +59,21 @@ def kernels_module(
     # The changed ones first: of two functions of one name a linker takes the first.
     names = sorted((path.stem for path in KERNELS.glob("*.cu")), key=lambda name: (name not in changed_sources, name))
     folders = [changed if changed and name in changed_sources else KERNELS for name in names]
+    types = [products, "fp32"] if products == "tf32" and max(head_dims) > MOST_TF32 else [products]
     jobs = [
-        functools.partial(_kernel_object, folder / f"{name}.cu", folder, (f"PREFIX_FAST_TYPE={products}", dims))
+        functools.partial(_kernel_object, folder / f"{name}.cu", folder, (f"PREFIX_FAST_TYPE={kind}", dims))
+        for kind in types
         for name, folder in zip(names, folders, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: job(), [_bindings, *jobs]))
-    return _linked("emulated", [*objects, _absent(products, objects[0])])
+    return _linked("emulated", [*objects, _absent(types, objects[0])])
 
 
-def _absent(products: str, bindings: Path) -> Path:
+def _absent(types: Sequence[str], bindings: Path) -> Path:
     """Launchers of the other types of products, which the host code names: a call of one ends the process."""
     symbols = subprocess.run(["nm", "-u", str(bindings)], capture_output=True, text=True, check=True).stdout.split()
-    others = [name for name in symbols if name.rpartition("_")[2] in TYPES and name.rpartition("_")[2] != products]
+    others = [name for name in symbols if name.rpartition("_")[2] in set(TYPES) - set(types)]
 
     def make(target: Path) -> None:
         source = target.with_suffix(".c")
