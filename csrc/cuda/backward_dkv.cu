@@ -15,15 +15,16 @@
 namespace prefix_fast::cuda {
 
 // Each of kWarps warps has 16 keys; kQueries queries are in a tile, kStages tiles in shared memory. A head
-// dim whose two sums have no room in registers takes two launches: kBoth is false.
-template <typename T_, int kD, int kWarps_, int kQueries_, bool kBoth_ = true>
+// dim whose two sums have no room in registers takes two launches: kBoth is false. Options take registers
+// from the scores.
+template <typename T_, int kD, int kWarps_, int kQueries_, bool kKept, bool kBoth_ = true>
 struct DkvShape {
     using T = T_;
     using S = Storage<T>;
     static constexpr int D = kD, kWarps = kWarps_, kQueries = kQueries_, kStages = 2;
     static constexpr bool kBoth = kBoth_;
     static constexpr int kThreads = kWarps * kWarp, kKeys = 16 * kWarps;
-    static constexpr bool kInRegisters = kIsHalf<T> && D <= 96;  // the keys and values
+    static constexpr bool kInRegisters = kIsHalf<T> && kKept;  // the keys and values
     static constexpr int kTileElements = kQueries * kPitch<T, D>;
     static constexpr int kPipelineBytes = 2 * kStages * kTileElements * int{sizeof(S)};
     static constexpr int kLevelBytes = 2 * kStages * kQueries * int{sizeof(float)};
@@ -33,18 +34,19 @@ struct DkvShape {
 
     __device__ static int first_row() { return warp() * 16; }
 };
-template <typename T, int D>
+template <typename T, int D, bool kOptions>
 struct DkvShapeOf;
-template <typename T>
-struct DkvShapeOf<T, 64> : DkvShape<T, 64, 4, kIsHalf<T> ? 64 : 32> {};
-template <typename T>
-struct DkvShapeOf<T, 80> : DkvShape<T, 80, 4, kIsHalf<T> ? 32 : 16> {};
-template <typename T>
-struct DkvShapeOf<T, 96> : DkvShape<T, 96, 4, kIsHalf<T> ? 32 : 16> {};
-template <typename T>
-struct DkvShapeOf<T, 128> : DkvShape<T, 128, kIsHalf<T> ? 4 : 2, kIsHalf<T> ? 32 : 16> {};
-template <typename T>
-struct DkvShapeOf<T, 256> : DkvShape<T, 256, 2, kIsHalf<T> ? 16 : 8, false> {};
+template <typename T, bool kOptions>
+struct DkvShapeOf<T, 64, kOptions> : DkvShape<T, 64, 4, kIsHalf<T> && !kOptions ? 64 : 32, !kOptions> {};
+template <typename T, bool kOptions>
+struct DkvShapeOf<T, 80, kOptions> : DkvShape<T, 80, 4, kIsHalf<T> ? 32 : 16, !kOptions> {};
+template <typename T, bool kOptions>
+struct DkvShapeOf<T, 96, kOptions> : DkvShape<T, 96, 4, kIsHalf<T> && !kOptions ? 32 : 16, !kOptions> {};
+template <typename T, bool kOptions>
+struct DkvShapeOf<T, 128, kOptions>
+    : DkvShape<T, 128, kIsHalf<T> ? 4 : 2, kIsHalf<T> && !kOptions ? 32 : 16, false> {};
+template <typename T, bool kOptions>
+struct DkvShapeOf<T, 256, kOptions> : DkvShape<T, 256, 2, kIsHalf<T> ? 16 : 8, false, false> {};
 
 // No query outside [low, high) sees a key of the block, and every query of [full_low, full_high) sees all of
 // them. All but `high` are multiples of `block`.
@@ -233,35 +235,34 @@ __global__ void __launch_bounds__(kAddThreads)
     write_float(target, index, total, dtype);
 }
 
+template <typename Shape, bool kOptions>
+int launch_keys(const Call& call, const Saved& saved, const KeyGradients& given, void* stream) {
+    const SegmentSet& set = call.sets[given.set];
+    KeyGradients grads = given;
+    grads.tiles = set.cu_seqlens.data != nullptr ? set.size / Shape::kKeys + set.count
+                                                 : set.count * ceil_div(set.size, Shape::kKeys);
+    const dim3 grid(grads.tiles * grads.splits * grads.query_splits, call.kv_heads), block(Shape::kThreads);
+    const auto run = [&](auto kernel) {
+        return PREFIX_FAST_LAUNCH(kernel, grid, block, Shape::kSharedBytes, static_cast<cudaStream_t>(stream),
+                                  call, saved, grads);
+    };
+    cudaError_t error = cudaSuccess;
+    if constexpr (Shape::kBoth) {
+        error = run(dkv_kernel<Shape, kOptions, true, true>);
+    } else {
+        if (grads.key.data != nullptr) error = run(dkv_kernel<Shape, kOptions, true, false>);
+        if (error == cudaSuccess && grads.value.data != nullptr)
+            error = run(dkv_kernel<Shape, kOptions, false, true>);
+    }
+    return static_cast<int>(error);
+}
+
 template <typename T>
-int backward_keys(const Call& call, const Saved& saved, const KeyGradients& given, void* stream) {
+int backward_keys(const Call& call, const Saved& saved, const KeyGradients& grads, void* stream) {
     return with_head_dim<T>(call.head_dim, [&](auto dim) {
-        using Shape = DkvShapeOf<T, decltype(dim)::value>;
-        const SegmentSet& set = call.sets[given.set];
-        KeyGradients grads = given;
-        grads.tiles = set.cu_seqlens.data != nullptr ? set.size / Shape::kKeys + set.count
-                                                     : set.count * ceil_div(set.size, Shape::kKeys);
-        const dim3 grid(grads.tiles * grads.splits * grads.query_splits, call.kv_heads),
-            block(Shape::kThreads);
-        const auto run = [&](auto kernel, const KeyGradients& wanted) {
-            return PREFIX_FAST_LAUNCH(kernel, grid, block, Shape::kSharedBytes,
-                                      static_cast<cudaStream_t>(stream), call, saved, wanted);
-        };
-        if constexpr (Shape::kBoth) {
-            return has_options(call) ? run(dkv_kernel<Shape, true, true, true>, grads)
-                                     : run(dkv_kernel<Shape, false, true, true>, grads);
-        } else {
-            cudaError_t error = cudaSuccess;
-            if (grads.key.data != nullptr) {
-                error = has_options(call) ? run(dkv_kernel<Shape, true, true, false>, grads)
-                                          : run(dkv_kernel<Shape, false, true, false>, grads);
-            }
-            if (error == cudaSuccess && grads.value.data != nullptr) {
-                error = has_options(call) ? run(dkv_kernel<Shape, true, false, true>, grads)
-                                          : run(dkv_kernel<Shape, false, false, true>, grads);
-            }
-            return error;
-        }
+        constexpr int D = decltype(dim)::value;
+        return has_options(call) ? launch_keys<DkvShapeOf<T, D, true>, true>(call, saved, grads, stream)
+                                 : launch_keys<DkvShapeOf<T, D, false>, false>(call, saved, grads, stream);
     });
 }
 

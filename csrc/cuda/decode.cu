@@ -21,12 +21,13 @@ template <int D>
 constexpr int kFoldPitch = D + 8;  // of rows of float32 sums: four rows of eight are in different banks
 
 // Tiles of many queries (a warp has 16 of them) and of few (the warps share 16).
-template <typename T, int D>
+template <typename T, int D, bool kOptions>
 struct DecodeShapes {
     static constexpr int kWarps = D <= (kIsHalf<T> ? 128 : 64) ? 4 : 2;
     static constexpr int kKeysOfWarp = kIsHalf<T> ? 16 : 8;
-    using Many = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2>;
-    using Few = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2, kWarps>;
+    static constexpr int kMost = kOptions ? 64 : 128;  // head dim of queries in registers
+    using Many = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2, 1, kMost>;
+    using Few = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2, kWarps, kMost>;
     static constexpr int kThreads = Many::kThreads;
     static constexpr int kFolds =
         kWarps * kFewQueries * (kFoldPitch<D> + 2) * int{sizeof(float)};  // of the warps that share keys
@@ -294,8 +295,9 @@ __device__ inline void merge_query(const Call& call, const Partials& partials, c
 }
 
 // Counts this block's part for every row of its tile, and merges the rows whose last part it was.
-__device__ inline void merge_finished(const Call& call, const Partials& partials, const Results& results,
-                                      const FoldedTile& tile, int kv_head, int warps) {
+__device__ __noinline__ void merge_finished(const Call& call, const Partials& partials,
+                                            const Results& results, const FoldedTile& tile, int kv_head,
+                                            int warps) {
     auto* finished = reinterpret_cast<int*>(dynamic_shared);  // rows, -1: not finished; behind the barrier
     const int group = call.heads / call.kv_heads, width = call.max_queries * group;
     __syncthreads();
@@ -339,46 +341,52 @@ __global__ void __launch_bounds__(Shapes::kThreads)
     merge_finished(call, partials, results, tile, kv_head, Shapes::kWarps);
 }
 
+template <typename Shapes, bool kOptions>
+int launch_decode(const Call& call, const Partials& given, const Results& results, void* stream) {
+    Partials partials = given;
+    const int width = call.max_queries * (call.heads / call.kv_heads);
+    partials.queries = given.queries ? Shapes::Many::kQueries : kFewQueries;
+    partials.own_queries = given.own_queries ? Shapes::Many::kQueries : kFewQueries;
+    int items = 0;
+    for (int s = 0; s <= call.num_sets; ++s) {
+        const SegmentSet& set = call.sets[s];
+        const bool own = s == call.num_sets, all = set.ids.data == nullptr;
+        partials.tiles[s] = own   ? call.rows * ceil_div(width, partials.own_queries)
+                            : all ? ceil_div(call.rows * width, partials.queries)
+                                  : call.rows * width / partials.queries + set.count;
+        items += partials.tiles[s] * partials.chunks[s];
+    }
+    const dim3 grid(items, call.kv_heads), block(Shapes::kThreads);
+    return static_cast<int>(PREFIX_FAST_LAUNCH((decode_kernel<Shapes, kOptions>), grid, block,
+                                               Shapes::kSharedBytes, static_cast<cudaStream_t>(stream), call,
+                                               partials, results));
+}
+
 // `partials` has the numbers of chunks, and 0 or 1 in `queries`, `own_queries`: whether tiles hold many
 // queries. The tiles' sizes and numbers are filled in here.
 template <typename T>
-int decode(const Call& call, const Partials& given, const Results& results, void* stream) {
+int decode(const Call& call, const Partials& partials, const Results& results, void* stream) {
     return with_head_dim<T, true>(call.head_dim, [&](auto dim) {
-        using Shapes = DecodeShapes<T, decltype(dim)::value>;
-        Partials partials = given;
-        const int width = call.max_queries * (call.heads / call.kv_heads);
-        partials.queries = given.queries ? Shapes::Many::kQueries : kFewQueries;
-        partials.own_queries = given.own_queries ? Shapes::Many::kQueries : kFewQueries;
-        int items = 0;
-        for (int s = 0; s <= call.num_sets; ++s) {
-            const SegmentSet& set = call.sets[s];
-            const bool own = s == call.num_sets;
-            partials.tiles[s] = own                       ? call.rows * ceil_div(width, partials.own_queries)
-                                : set.ids.data == nullptr ? ceil_div(call.rows * width, partials.queries)
-                                                          : call.rows * width / partials.queries + set.count;
-            items += partials.tiles[s] * partials.chunks[s];
-        }
-        const dim3 grid(items, call.kv_heads), block(Shapes::kThreads);
-        const auto run = [&](auto kernel) {
-            return PREFIX_FAST_LAUNCH(kernel, grid, block, Shapes::kSharedBytes,
-                                      static_cast<cudaStream_t>(stream), call, partials, results);
-        };
-        return has_options(call) ? run(decode_kernel<Shapes, true>) : run(decode_kernel<Shapes, false>);
+        constexpr int D = decltype(dim)::value;
+        return has_options(call)
+                   ? launch_decode<DecodeShapes<T, D, true>, true>(call, partials, results, stream)
+                   : launch_decode<DecodeShapes<T, D, false>, false>(call, partials, results, stream);
     });
 }
 
 }  // namespace prefix_fast::cuda
 
-#define PREFIX_FAST_DEFINE(name, type)                                                                    \
-    PREFIX_FAST_EXPORT int prefix_fast_decode_##name(                                                     \
-        const prefix_fast::cuda::Call* call, const prefix_fast::cuda::Partials* partials,                 \
-        const prefix_fast::cuda::Results* results, void* stream) {                                        \
-        return prefix_fast::cuda::decode<type>(*call, *partials, *results, stream);                       \
-    }                                                                                                     \
-    PREFIX_FAST_EXPORT int prefix_fast_decode_tile_##name(int head_dim, bool many) {                      \
-        using namespace prefix_fast::cuda;                                                                \
-        if (!many) return kFewQueries;                                                                    \
-        return with_head_dim<type, true>(                                                                 \
-            head_dim, [](auto dim) { return DecodeShapes<type, decltype(dim)::value>::Many::kQueries; }); \
+#define PREFIX_FAST_DEFINE(name, type)                                                    \
+    PREFIX_FAST_EXPORT int prefix_fast_decode_##name(                                     \
+        const prefix_fast::cuda::Call* call, const prefix_fast::cuda::Partials* partials, \
+        const prefix_fast::cuda::Results* results, void* stream) {                        \
+        return prefix_fast::cuda::decode<type>(*call, *partials, *results, stream);       \
+    }                                                                                     \
+    PREFIX_FAST_EXPORT int prefix_fast_decode_tile_##name(int head_dim, bool many) {      \
+        using namespace prefix_fast::cuda;                                                \
+        if (!many) return kFewQueries;                                                    \
+        return with_head_dim<type, true>(head_dim, [](auto dim) {                         \
+            return DecodeShapes<type, decltype(dim)::value, false>::Many::kQueries;       \
+        });                                                                               \
     }
 PREFIX_FAST_TYPES(PREFIX_FAST_DEFINE)

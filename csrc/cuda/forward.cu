@@ -17,7 +17,7 @@ namespace prefix_fast::cuda {
 template <typename T, int D>
 struct ForwardShapeOf;
 template <typename T>
-struct ForwardShapeOf<T, 64> : ForwardShape<T, 64, kIsHalf<T> ? 2 : 1, 4, kIsHalf<T> ? 64 : 32, 2> {};
+struct ForwardShapeOf<T, 64> : ForwardShape<T, 64, kIsHalf<T> ? 2 : 1, 4, 32, kIsHalf<T> ? 3 : 2> {};
 template <typename T>
 struct ForwardShapeOf<T, 80> : ForwardShape<T, 80, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 64 : 32, 2> {};
 template <typename T>

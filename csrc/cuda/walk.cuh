@@ -77,7 +77,8 @@ __device__ inline void pipeline(const List& list, const Load& load, const Use& u
 
 // Sizes of a forward kernel: kWarps / kKeyWarps warps have 16 M rows of queries each, and kKeyWarps share
 // their keys; kKeys keys are in a tile, kStages tiles in shared memory.
-template <typename T_, int kD, int kM, int kWarps_, int kKeys_, int kStages_, int kKeyWarps_ = 1>
+template <typename T_, int kD, int kM, int kWarps_, int kKeys_, int kStages_, int kKeyWarps_ = 1,
+          int kMostInRegisters = 128>
 struct ForwardShape {
     using T = T_;
     using S = Storage<T>;
@@ -86,7 +87,7 @@ struct ForwardShape {
     static constexpr int kThreads = kWarps * kWarp;
     static constexpr int kRowsOfWarp = 16 * M;
     static constexpr int kQueries = kRowsOfWarp * kWarps / kKeyWarps;
-    static constexpr bool kInRegisters = kIsHalf<T> && D <= 128;  // the queries
+    static constexpr bool kInRegisters = kIsHalf<T> && D <= kMostInRegisters;  // the queries
     static constexpr int kTileElements = kKeys * kPitch<T, D>;
     static constexpr int kPipelineBytes = 2 * kStages * kTileElements * int{sizeof(S)};
     static constexpr int kQueryBytes = kInRegisters ? 0 : kQueries * kPitch<T, D> * int{sizeof(S)};

@@ -33,6 +33,7 @@ extern "C" void* memset(void*, int, size_t) __asm__("cuda_emulator_memset");
 #define __grid_constant__
 #define __shared__ thread_local
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
