@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_calls import laid_out
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
@@ -72,6 +71,8 @@ class Machine:
 
         Dimensions of stride 0 stay so.
         """
+        from random_calls import laid_out  # not before a mutant's package is in its place: it imports ours
+
         copy = laid_out(tensor, layout, lambda count: self.memory(count, tensor.dtype, name))
         _, whole, _ = self._memories[-1]
         self._memories[-1] = (name, whole, words(whole).clone())
