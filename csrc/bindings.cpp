@@ -281,25 +281,27 @@ char* data_of(py::handle tensor) {
     return tensor.is_none() ? nullptr : describe(tensor).data;
 }
 
-void run_gated_forward(py::handle gate, py::handle up, py::handle out, const std::string& activation,
-                       int threads) {
-    const TensorInfo x = describe(out);
+prefix_fast::Gated read_gated(py::handle gate, py::handle up, const std::string& activation, int threads) {
+    const TensorInfo x = describe(gate);
     prefix_fast::Gated unit;
-    unit.gate = data_of(gate), unit.up = data_of(up), unit.out = x.data;
+    unit.gate = x.data, unit.up = data_of(up);
     unit.count = x.size[0], unit.dtype = float_type(x);
     unit.activation = activation_of(activation), unit.threads = threads;
+    return unit;
+}
+
+void run_gated_forward(py::handle gate, py::handle up, py::handle out, const std::string& activation,
+                       int threads) {
+    prefix_fast::Gated unit = read_gated(gate, up, activation, threads);
+    unit.out = data_of(out);
     py::gil_scoped_release unlocked;
     prefix_fast::gated_forward(unit);
 }
 
 void run_gated_backward(py::handle grad, py::handle gate, py::handle up, py::handle gate_grad,
                         py::handle up_grad, const std::string& activation, int threads) {
-    const TensorInfo x = describe(gate_grad);
-    prefix_fast::Gated unit;
-    unit.grad = data_of(grad), unit.gate = data_of(gate), unit.up = data_of(up);
-    unit.gate_grad = x.data, unit.up_grad = data_of(up_grad);
-    unit.count = x.size[0], unit.dtype = float_type(x);
-    unit.activation = activation_of(activation), unit.threads = threads;
+    prefix_fast::Gated unit = read_gated(gate, up, activation, threads);
+    unit.grad = data_of(grad), unit.gate_grad = data_of(gate_grad), unit.up_grad = data_of(up_grad);
     py::gil_scoped_release unlocked;
     prefix_fast::gated_backward(unit);
 }

@@ -111,6 +111,14 @@ def dtype_of(layer: torch.nn.Module) -> torch.dtype | None:
     return dtype if plain else None
 
 
+def operands_of(layer: torch.nn.Module) -> tuple[torch.dtype | None, Tensor, Tensor | None]:
+    """`dtype_of` a linear layer, and the weight and bias that it multiplies by."""
+    dtype, weight, bias = dtype_of(layer), layer.weight, layer.bias
+    if dtype is not None:
+        weight, bias = copy_of(weight, dtype), None if bias is None else copy_of(bias, dtype)  # type: ignore[arg-type]
+    return dtype, weight, bias  # type: ignore[return-value]
+
+
 def forget(*weights: Tensor | None) -> None:
     """Give the memory of their copies back."""
     for weight in weights:

@@ -44,7 +44,7 @@ CALL = 25e-6  # seconds that a product called from Python takes longer than PyTo
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.3, 3, 30  # of one measurement
 _FORMAT = 1  # of the files, and of what is timed
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Product(NamedTuple):
@@ -173,7 +173,7 @@ def are_plain(*tensors: Any) -> bool:
 
 def is_watched(module: torch.nn.Module) -> bool:
     """Whether a module has hooks or a forward of its own, so that it has to be called as it is."""
-    return "forward" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS)
+    return "forward" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in HOOKS)
 
 
 def is_frozen(parameter: Any, x: Tensor) -> bool:

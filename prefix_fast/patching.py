@@ -66,6 +66,13 @@ def patch(
             that contradict each other. NotImplementedError: a model that cannot be patched, with the reason.
     """
     _check_options(backend, compute_dtype, model)
+    options: dict[str, Any] = {
+        "backend": backend,
+        "fused_loss": fused_loss,
+        "packs": padding_free,
+        "trims": trim_last_layer,
+        "compute_dtype": compute_dtype,
+    }
     if _is_peft(model):
         from prefix_fast.models import peft
 
@@ -76,7 +83,7 @@ def patch(
             )
         if peft.is_patched(model):
             unpatch(model)
-        peft.patch_peft(model, backend, fused_loss, compute_dtype, padding_free, trim_last_layer)
+        peft.patch_peft(model, **options)
         linears.step_in(model.base_model, compute_dtype)
         last_layer.step_in(model.base_model)
         return model
@@ -106,17 +113,7 @@ def patch(
         positions, plan = was.positions, was.plan
         _restore_grad(model, was)
     frozen = _freeze(model) if freeze else None
-    state = hosts.HostState.of(
-        model,
-        backend,
-        fused_loss,
-        compute_dtype,
-        packs=padding_free,
-        trims=trim_last_layer,
-        positions=positions,
-        plan=plan,
-        requires_grad=frozen,
-    )
+    state = hosts.HostState.of(model, positions=positions, plan=plan, requires_grad=frozen, **options)
     if module is not None:
         module.to(model.device).train(model.training)
     model.register_module("prefix", module)

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from cuda_compile import KERNELS, kernels_module
 from cuda_harness import SHARED_LIMITS, CaughtError, Machine
-from random_calls import Call, check_results, gradients_of, placed, problem_of, random_call
+from random_calls import Call, check_results, gradients_of, outputs_of, placed, problem_of, random_call
 from torch import Tensor
 
-from prefix_fast.backends.problem import Grads, Problem, make_plan
-from prefix_fast.testing import float_tensors
+from prefix_fast.backends.problem import Problem, make_plan
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 HEAD_DIMS = (64, 80, 128)  # that are compiled; a call's is the least that holds its own
@@ -93,14 +92,7 @@ def run(call: Call, library: Library, machine: Machine, tf32: bool = False) -> d
     layout = call.grad_out if call.grad_out in ("sliced", "permuted") else "dense"
     grad_out = machine.input(grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(), "grad_out", layout)
     given_lse = machine.input(grad_lse, "grad_lse") if call.grad_lse else None
-    out = machine.uninitialised(plain.query, "out")
-    lse = machine.uninitialised(plain.query[..., 0].contiguous(), "lse", torch.float32)
-    grads = {
-        name: None if name in call.unwanted else machine.uninitialised(t.contiguous(), f"grad.{name}")
-        for name, t in float_tensors(plain).items()
-    }
-    of_sets = tuple((grads[f"segment{i}.key"], grads[f"segment{i}.value"]) for i in range(len(problem.sets)))
-    wanted = Grads(grads["query"], grads["key"], grads["value"], of_sets)
+    out, lse, grads, wanted = outputs_of(call, plain, machine)
     place = Place(machine, random.Random(call.case.seed))
     try:
         machine.ran = library.module.forward(problem, out, lse, place, tf32)

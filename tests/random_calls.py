@@ -15,7 +15,7 @@ from attention_cases import compare_large, visible_parts, with_large_scores
 from torch import Tensor
 
 from prefix_fast import testing
-from prefix_fast.backends.problem import Problem, make_plan
+from prefix_fast.backends.problem import Grads, Problem, make_plan
 from prefix_fast.testing import Case, float_tensors, make_problem, truth, with_float_tensors
 
 TOKENS = (0, 1, 2, 5, 17, 31, 32, 33, 47, 63, 64, 65)  # around tiles of 32 and 64, and primes
@@ -183,6 +183,18 @@ def gradients_of(call: Call, problem: Problem) -> tuple[Tensor, Tensor]:
     if call.grad_out == "sum":
         grad_out = torch.ones((), dtype=grad_out.dtype).expand(grad_out.shape)
     return grad_out, grad_lse.float() if call.grad_lse else torch.zeros_like(grad_lse, dtype=torch.float32)
+
+
+def outputs_of(call: Call, problem: Problem, machine: Any) -> tuple[Tensor, Tensor, dict[str, Tensor | None], Grads]:
+    """out, lse, the gradients by name, None where not wanted, and the same as `Grads`; in uninitialised memory."""
+    out = machine.uninitialised(problem.query, "out")
+    lse = machine.uninitialised(problem.query[..., 0].contiguous(), "lse", torch.float32)
+    grads = {
+        name: None if name in call.unwanted else machine.uninitialised(t.contiguous(), f"grad.{name}")
+        for name, t in float_tensors(problem).items()
+    }
+    of_sets = tuple((grads[f"segment{i}.key"], grads[f"segment{i}.value"]) for i in range(len(problem.sets)))
+    return out, lse, grads, Grads(grads["query"], grads["key"], grads["value"], of_sets)
 
 
 def placed(call: Call, problem: Problem, machine: Memory) -> Problem:

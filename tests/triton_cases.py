@@ -9,15 +9,13 @@ from functools import partial
 
 import random_calls
 import torch
-from random_calls import Call, check_results, gradients_of, placed, problem_of, rare_kinds
+from random_calls import Call, check_results, gradients_of, outputs_of, placed, problem_of, rare_kinds
 from torch import Tensor
 from triton_harness import Machine, failures_of, words
 
 from prefix_fast.backends import triton
-from prefix_fast.backends.problem import Grads
 from prefix_fast.backends.triton_config import Tile
 from prefix_fast.backends.triton_vetting import Trial
-from prefix_fast.testing import float_tensors
 
 PATHS = (
     None, Trial("few", Tile(16, 32, 1, 1)), *(Trial("split", Tile(queries, 32, 1, 1)) for queries in (16, 32, 64)),
@@ -42,19 +40,10 @@ def run(call: Call, machine: Machine) -> dict[str, Tensor]:
     layout = call.grad_out if call.grad_out in ("sliced", "permuted") else "dense"
     grad_out = machine.input(grad_out, "grad_out", layout)
     given_lse = machine.input(grad_lse, "grad_lse") if call.grad_lse else None
-    out = machine.uninitialised(plain.query, "out")
-    lse = machine.uninitialised(plain.query[..., 0].contiguous(), "lse", torch.float32)
-    grads = {
-        name: None if name in call.unwanted else machine.uninitialised(t.contiguous(), f"grad.{name}")
-        for name, t in float_tensors(plain).items()
-    }
-    of_sets = tuple((grads[f"segment{i}.key"], grads[f"segment{i}.value"]) for i in range(len(problem.sets)))
+    out, lse, grads, wanted = outputs_of(call, plain, machine)
     with machine.running():
         triton.forward(problem, out, lse, call.path)
-        triton.backward(
-            problem, out, lse, grad_out, given_lse, Grads(grads["query"], grads["key"], grads["value"], of_sets),
-            APART if call.apart else None,
-        )  # fmt: skip
+        triton.backward(problem, out, lse, grad_out, given_lse, wanted, APART if call.apart else None)
     machine.assert_intact()
     results = {"out": out, "lse": lse, **{f"grad.{name}": grad for name, grad in grads.items() if grad is not None}}
     return {name: result.cpu() for name, result in results.items()}

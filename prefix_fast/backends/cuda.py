@@ -190,12 +190,7 @@ def run_backward(
     grad_lse: Tensor | None, grads: Grads,
 ) -> None:  # fmt: skip
     """Launch the backward pass of the extension."""
-    wanted = [
-        t for t in (grads.query, grads.key, grads.value, *(t for pair in grads.sets for t in pair)) if t is not None
-    ]
-    if out.numel() == 0 or all(t.numel() == 0 for t in wanted):
-        for target in wanted:
-            target.zero_()
+    if grads.are_zeros(out):
         return
     module.backward(
         _readable(problem), aligned(out), lse, aligned(grad_out), grad_lse, _without_empty(grads), place,

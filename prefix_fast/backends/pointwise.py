@@ -27,10 +27,10 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor | None, activation: st
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, grad: Tensor | None = None) -> Tensor:
     """x · rsqrt(mean x² + eps) · (offset + weight) over the last dimension; with `grad` of that, the gradient of x."""
-    x = x.contiguous()
+    x, grad = x.contiguous(), None if grad is None else grad.contiguous()
     out = torch.empty_like(x)
-    rows = [None if part is None else part.contiguous().view(-1, x.shape[-1]) for part in (grad, x)]
-    native.extension().rms_norm(*rows, weight, out.view(rows[1].shape), eps, offset, torch.get_num_threads())  # type: ignore[union-attr]
+    rows = out.view(-1, x.shape[-1])
+    native.extension().rms_norm(_flat(grad), _flat(x), weight, rows, eps, offset, torch.get_num_threads())
     return out
 
 

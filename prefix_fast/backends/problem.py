@@ -95,6 +95,16 @@ class Grads:
     value: Tensor | None
     sets: tuple[tuple[Tensor | None, Tensor | None], ...]
 
+    def are_zeros(self, out: Tensor) -> bool:
+        """Whether nothing is to be computed: `out` or every gradient is empty. The wanted ones are then zeros."""
+        of_sets = (tensor for pair in self.sets for tensor in pair)
+        wanted = [tensor for tensor in (self.query, self.key, self.value, *of_sets) if tensor is not None]
+        if out.numel() > 0 and any(tensor.numel() > 0 for tensor in wanted):
+            return False
+        for tensor in wanted:
+            tensor.zero_()
+        return True
+
 
 class Facts(NamedTuple):
     """The static facts by which a backend accepts or refuses a call; plain constants, so that tracing can fold them."""

@@ -77,12 +77,7 @@ def backward(
     trial: Trial | None = None,
 ) -> None:  # fmt: skip
     """Write every element of every gradient that is wanted, and compute no other."""
-    wanted = [
-        t for t in (grads.query, grads.key, grads.value, *(t for pair in grads.sets for t in pair)) if t is not None
-    ]
-    if out.numel() == 0 or all(t.numel() == 0 for t in wanted):
-        for target in wanted:
-            target.zero_()
+    if grads.are_zeros(out):
         return
     packed = problem.cu_seqlens_q is not None
     grad_out = near(grad_out, -3 if packed else -2) if grad_out.stride(-1) == 1 else grad_out.contiguous()

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefix_fast import half
+from prefix_fast import half, linears
 from prefix_fast.linear_loss import linear_cross_entropy
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FrozenHead(NamedTuple):
@@ -38,17 +36,14 @@ def frozen_head(head: Any, extra_bias: Tensor | None = None) -> FrozenHead | Non
         extra_bias: [..., V], what the model adds to its logits.
     """
     own_class = getattr(type(head), "_prefix_fast_class", type(head))  # without what `linears` makes of it
-    if own_class is not nn.Linear or "forward" in head.__dict__ or torch.compiler.is_compiling():
+    if own_class is not nn.Linear or torch.compiler.is_compiling() or linears.is_watched(head):
         return None
-    if any(getattr(head, name) or getattr(nn.modules.module, f"_global{name}") for name in _HOOKS):
+    if any(getattr(nn.modules.module, f"_global{name}") for name in linears.HOOKS):
         return None
     tensors = [tensor for tensor in (head.weight, head.bias, extra_bias) if tensor is not None]
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.requires_grad for tensor in tensors):
         return None
-    weight, bias = head.weight, head.bias
-    dtype = half.dtype_of(head)
-    if dtype is not None:
-        weight, bias = half.copy_of(weight, dtype), None if bias is None else half.copy_of(bias, dtype)
+    _, weight, bias = half.operands_of(head)
     if extra_bias is not None:
         extra_bias = extra_bias.reshape(-1).to(weight)
         bias = extra_bias if bias is None else bias + extra_bias

@@ -62,14 +62,9 @@ class HostState:
     choice: Choice | None = field(default=None, repr=False)
 
     @classmethod
-    def of(
-        cls, model: Any, backend: str, fused_loss: bool, compute_dtype: torch.dtype | None, **known: Any
-    ) -> HostState:
+    def of(cls, model: Any, **known: Any) -> HostState:
         """The state of a model whose config points at our attention already; `known`: the remaining attributes."""
         return cls(
-            backend=backend,
-            fused_loss=fused_loss,
-            compute_dtype=compute_dtype,
             attention=model.config._attn_implementation,
             limit=None if model.config.is_encoder_decoder else families.position_limit(model),
             parameters=forward_parameters(model),
@@ -77,10 +72,18 @@ class HostState:
         )
 
 
-class HostMixin(checkpointing.Checkpointed):
-    """What a patched transformers model does otherwise than its class."""
+class SteppedAside:
+    """Whatever has one of our classes in the place of its own; copies and pickles have it too."""
 
     _prefix_fast_class: Any  # the class that was stepped into
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._prefix_fast_class, _mixin_of(type(self))), self.__dict__
+
+
+class HostMixin(checkpointing.Checkpointed, SteppedAside):
+    """What a patched transformers model does otherwise than its class."""
+
     _prefix_fast_keywords: tuple[str, ...] = ()  # what the forward takes beside the class's arguments
 
     def _prefix_context(self, arguments: dict[str, Any]) -> hub.PrefixContext | None:
@@ -197,9 +200,6 @@ class HostMixin(checkpointing.Checkpointed):
             f"{type(self).__name__}: expected no change of the attention implementation while a prefix is patched in,"
             f" got {attn_implementation!r}; unpatch the model first"
         )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._prefix_fast_class, _mixin_of(type(self))), self.__dict__
 
 
 class BorrowingHost(HostMixin):

@@ -78,12 +78,8 @@ class PrefixContext:
         value: Tensor,
         mask: OwnMask | Tensor | None,
         *,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
         position_bias: Tensor | None = None,
-        **ignored: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Attention of one layer to the prefix and the own tokens: what the interface asks of an attention function."""
         site = sites.site_of(module)
@@ -103,11 +99,8 @@ class PrefixContext:
             is_causal=visible.is_causal,
             query_offset=visible.query_offset,
             window=visible.window,
-            softcap=softcap,
-            sinks=s_aux,
-            dropout_p=dropout,
-            scale=scaling,
             backend=self.backend,
+            **operator_options(**options),
         )
         return out.transpose(1, 2), None  # type: ignore[union-attr]
 
@@ -161,6 +154,17 @@ class PrefixContext:
         if mask.dtype == torch.bool:
             mask = torch.zeros((), dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return Visible(None, mask.to(query.dtype), False, None, None)
+
+
+def operator_options(
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **ignored: Any,
+) -> dict[str, Any]:
+    """The operator's arguments of what the interface hands to every attention function."""
+    return {"dropout_p": dropout, "scale": scaling, "softcap": softcap, "sinks": s_aux}
 
 
 def attention_forward(

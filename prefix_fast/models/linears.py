@@ -29,16 +29,11 @@ class FrozenLinear(Stepped):
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            weight, bias = self.weight, self.bias
-            dtype = half.dtype_of(self)
-            if dtype is None:
-                out = linears.frozen_linear(args[0], weight, bias, self._transposed)
-            else:
-                x, weight = args[0].to(dtype), half.copy_of(weight, dtype)
-                bias = None if bias is None else half.copy_of(bias, dtype)
-                out = linears.frozen_linear(x, weight, bias, self._transposed)
-                if out is None:
-                    out = F.linear(x, weight.t() if self._transposed else weight, bias)
+            dtype, weight, bias = half.operands_of(self)
+            x = args[0] if dtype is None else args[0].to(dtype)
+            out = linears.frozen_linear(x, weight, bias, self._transposed)
+            if out is None and dtype is not None:
+                out = F.linear(x, weight.t() if self._transposed else weight, bias)
             if out is not None:
                 return out
         return forward(self, *args, **kwargs)

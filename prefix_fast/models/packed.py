@@ -79,12 +79,8 @@ class PackedContext:
         value: Tensor,
         mask: Any,
         *,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
         position_bias: Tensor | None = None,
-        **ignored: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Attention of one layer, of packed rows [1, H, total, D].
 
@@ -111,11 +107,8 @@ class PackedContext:
             max_seqlen_k=rows.longest,
             query_offset=rows.query_offset,
             window=window,
-            softcap=softcap,
-            sinks=s_aux,
-            dropout_p=dropout,
-            scale=scaling,
             backend=self.prefix.backend,
+            **hub.operator_options(**options),
         )
         return out.unsqueeze(0), None  # type: ignore[union-attr]
 
@@ -135,17 +128,13 @@ class PackedContext:
                 f"packed rows: expected rows (source and target) within the {local} tokens that {name} looks back, got"
                 f" one of up to {reach}; pass them as ordinary rows"
             )
-        plain = mask is None or isinstance(mask, OwnMask)
-        if not plain or position_bias is not None or function is not causal_mask_function or not _is_causal(module):
+        causal = function is causal_mask_function and getattr(module, "is_causal", True)
+        if not causal or position_bias is not None or not (mask is None or isinstance(mask, OwnMask)):
             raise CannotPackError(
                 f"packed rows: expected causal attention, got {name}, in which a token sees others than those before"
                 " it; pass ordinary rows"
             )
         return None
-
-
-def _is_causal(module: Any) -> bool:
-    return getattr(module, "is_causal", True)
 
 
 def flattened(arguments: dict[str, Any], explicit: bool) -> dict[str, Any]:

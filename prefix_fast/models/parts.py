@@ -11,59 +11,58 @@ from prefix_fast.models import hosts, hub
 OWNER = "_prefix_fast_owner"
 
 
-class EncoderHost:
-    """The encoder of a patched encoder-decoder, which `generate` and users also call by itself: it reads its prefix."""
+class Part(hosts.SteppedAside):
+    """A part that has to find the patched model that it is part of, its owner."""
 
-    _prefix_fast_class: Any
+    @property
+    def _owner(self) -> Any:
+        (owner,) = self.__dict__[OWNER]
+        return owner
+
+    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(hosts.forward_parameters(self), args, strict=False)), **kwargs}
+
+
+class EncoderHost(Part):
+    """The encoder of a patched encoder-decoder, which `generate` and users also call by itself: it reads its prefix."""
 
     def _prefix_forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if kwargs.get(hub.KEYWORD) is not None:
             return forward(self, *args, **kwargs)
-        (owner,) = self.__dict__[OWNER]
+        owner, arguments = self._owner, self._named(args, kwargs)
         owner._keep_attention()
-        arguments = {**dict(zip(hosts.forward_parameters(self), args, strict=False)), **kwargs}
         arguments[hub.KEYWORD] = owner._prefix_context(arguments)
         with owner._compute(next(owner.parameters()).device.type):
             return forward(self, **arguments)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return hosts._rebuild, (self._prefix_fast_class, EncoderHost), self.__dict__
 
-
-class BackboneHost:
+class BackboneHost(Part):
     """The decoder of a patched decoder-only model, which others call by itself, to run a head of their own."""
-
-    _prefix_fast_class: Any
 
     def _prefix_forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = kwargs.get(hub.KEYWORD)
         if given is not None and given.placed:
             return forward(self, *args, **kwargs)
-        (owner,) = self.__dict__[OWNER]
-        arguments = {**dict(zip(hosts.forward_parameters(self), args, strict=False)), **kwargs}
-        return owner._backbone_forward(functools.partial(forward, self), arguments)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return hosts._rebuild, (self._prefix_fast_class, BackboneHost), self.__dict__
+        return self._owner._backbone_forward(functools.partial(forward, self), self._named(args, kwargs))
 
 
 def follow_encoder(model: Any, reads: bool) -> None:
     """Let the encoder read its prefix when it is called by itself, or no longer."""
-    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
-    if encoder is None or reads == isinstance(encoder, EncoderHost):
-        return
-    if reads:
-        hosts.step_in(encoder, EncoderHost, (model,), OWNER)
-    else:
-        hosts.step_out(encoder, OWNER)
+    if model.config.is_encoder_decoder:
+        _follow(model, model.get_encoder(), EncoderHost, reads)
 
 
 def follow_backbone(model: Any, reads: bool) -> None:
     """Let the backbone of a decoder-only model read the prefix when it is called by itself, or no longer."""
     backbone = getattr(model, "base_model", model)
-    if model.config.is_encoder_decoder or backbone is model or reads == isinstance(backbone, BackboneHost):
+    if not model.config.is_encoder_decoder and backbone is not model:
+        _follow(model, backbone, BackboneHost, reads)
+
+
+def _follow(model: Any, part: Any, mixin: type[Part], reads: bool) -> None:
+    if part is None or reads == isinstance(part, mixin):
         return
     if reads:
-        hosts.step_in(backbone, BackboneHost, (model,), OWNER)
+        hosts.step_in(part, mixin, (model,), OWNER)
     else:
-        hosts.step_out(backbone, OWNER)
+        hosts.step_out(part, OWNER)

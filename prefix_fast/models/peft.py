@@ -37,10 +37,8 @@ class PeftState:
     states: hub.States | None = field(default=None, repr=False)
 
 
-class PeftHost:
+class PeftHost(hosts.SteppedAside):
     """What a patched PeftModel does otherwise than its class while prefix tuning or a cartridge is active."""
-
-    _prefix_fast_class: Any
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not _is_prefix(self.active_peft_config):
@@ -63,9 +61,6 @@ class PeftHost:
         state: PeftState = self.__dict__[STATE]
         states = prompt_states(self) if state.states is None else state.states
         return hub.PrefixContext(states, state.backend, in_window=True)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return hosts._rebuild, (self._prefix_fast_class, hosts._mixin_of(type(self))), self.__dict__
 
 
 class PeftLanguageModel(PeftHost):
@@ -144,15 +139,8 @@ def prompt_states(model: Any) -> hub.States:
     return {"decoder": (keys.unsqueeze(1), values.unsqueeze(1))}
 
 
-def patch_peft(
-    model: Any,
-    backend: str,
-    fused_loss: bool,
-    compute_dtype: torch.dtype | None,
-    padding_free: bool,
-    trim_last_layer: bool,
-) -> Any:
-    """`patch` for a PeftModel.
+def patch_peft(model: Any, backend: str, compute_dtype: torch.dtype | None, **options: Any) -> Any:
+    """`patch` for a PeftModel; `options`: the remaining ones of its `HostState`.
 
     Raises:
         NotImplementedError: another adapter than prefix tuning or a cartridge, a task whose model has other prefixes,
@@ -183,14 +171,7 @@ def patch_peft(
     positions = admission.admit(reader, offered)
     plan = seq2seq_plan(reader_class) if seq2seq else loss_plan(reader_class)
     state = hosts.HostState.of(
-        reader,
-        backend,
-        fused_loss,
-        compute_dtype,
-        packs=padding_free,
-        trims=trim_last_layer,
-        positions=positions,
-        plan=plan,
+        reader, backend=backend, compute_dtype=compute_dtype, positions=positions, plan=plan, **options
     )
     hosts.step_in(reader, hosts.BorrowingHost, state)
     parts.follow_backbone(reader, True)

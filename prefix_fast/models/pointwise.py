@@ -59,22 +59,20 @@ class FrozenRMSNorm(Stepped):
     """weight · x · rsqrt(mean x² + eps)."""
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if _may_replace(args, kwargs):
-            out = pointwise.rms_norm(args[0], self.weight, self.variance_epsilon)
-            if out is not None:
-                return out
-        return forward(self, *args, **kwargs)
+        out = _norm(self, args, kwargs, self.variance_epsilon, 0.0)
+        return forward(self, *args, **kwargs) if out is None else out
 
 
 class FrozenOffsetRMSNorm(Stepped):
     """(1 + weight) · x · rsqrt(mean x² + eps)."""
 
     def _prefix_forward(self: Any, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if _may_replace(args, kwargs):
-            out = pointwise.rms_norm(args[0], self.weight, self.eps, 1.0)
-            if out is not None:
-                return out
-        return forward(self, *args, **kwargs)
+        out = _norm(self, args, kwargs, self.eps, 1.0)
+        return forward(self, *args, **kwargs) if out is None else out
+
+
+def _norm(module: Any, args: tuple, kwargs: dict[str, Any], eps: float, offset: float) -> Tensor | None:
+    return pointwise.rms_norm(args[0], module.weight, eps, offset) if _may_replace(args, kwargs) else None
 
 
 def mixin_of(module: nn.Module) -> type[Stepped] | None:
