@@ -81,7 +81,7 @@ bench: $(STAMP)  ## benchmarks against their rivals; writes docs/benchmarks.png,
 	@$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-quiet --plot \
 		--benchmark-json benchmarks/results/latest.json $(ARGS)
 
-bench-static: $(STAMP)  ## compile the Triton kernels for every GPU; writes benchmarks/static/table.md
+bench-static: $(STAMP)  ## compile the GPU kernels for every architecture; writes benchmarks/static/*table.md
 	@$(PYTHON) benchmarks/static --table $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, clang-format

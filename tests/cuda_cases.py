@@ -118,13 +118,17 @@ def with_plans(problem: Problem, machine: Machine) -> Problem:
     return replace(problem, sets=tuple(map(planned, range(len(problem.sets)))))
 
 
-def check(call: Call, library: Library, products: str, **settings: Any) -> None:
-    """Run a call in an order of its own, on an architecture of its own, and compare it with the float64 truth."""
+def check(call: Call, library: Library, products: str, **settings: Any) -> str:
+    """Run a call in an order of its own, on an architecture of its own, and compare it with the float64 truth.
+
+    Returns the names of the kernels that ran.
+    """
     choose = random.Random(call.case.seed)
     arch, resident = choose.choice(list(SHARED_LIMITS)), choose.choice([1, 1, 2, 3])
     machine = Machine(library.path, seed=call.case.seed, arch=arch, resident=resident, **settings)
     results = run(call, library, machine, products == "tf32")
     check_results(call, "cuda", results, torch.float16 if products == "tf32" else None)  # which have one significand
+    return machine.ran
 
 
 def check_order(call: Call, library: Library, products: str) -> None:

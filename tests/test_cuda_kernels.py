@@ -37,6 +37,14 @@ def test_random_calls_agree_with_the_oracle(products, first):
         check(call_of(seed, products), library, products)
 
 
+@pytest.mark.parametrize("products", ["fp16", "bf16"])
+def test_calls_with_a_short_prefix_run_the_fused_backward_and_agree_with_the_oracle(products):
+    library = load(kernels_module(products, HEAD_DIMS))
+    calls = [call for seed in range(600) if cuda_mutants.takes_short(call := call_of(seed, products))]
+    ran = [check(call, library, products).split() for call in calls[:20]]
+    assert sum("short" in names for names in ran) >= 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("products", "first"), many_chunks())
 def test_many_random_calls_agree_with_the_oracle(products, first):

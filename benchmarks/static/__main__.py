@@ -1,6 +1,6 @@
 """Compile kernels ahead of time and print what their machine code is like.
 
-python -I benchmarks/static --table [--target gfx942]                                   bring the table up to date
+python -I benchmarks/static --table [--target gfx942]                                   bring both tables up to date
 python -I benchmarks/static --target sm_90 --head-dim 128 --kernel dq [--tile QUERIES KEYS WARPS STAGES]
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 
+import cuda_table
 import torch
 from figures import faults_of, row_of, works_of
 from launches import TARGETS
@@ -16,6 +17,7 @@ from registry import CONFIGURATIONS, ENTRIES, HEADS, call_of
 from table import MARKDOWN, line_of, regenerate
 
 from prefix_fast.backends.triton_config import Tile
+from prefix_fast.cuda_build import find_toolkit
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -25,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks/static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", action="store_true", help="of all configurations")
+    parser.add_argument("--table", action="store_true", help="of all configurations; of CUDA's kernels with nvcc")
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--head-dim", type=int, choices=HEADS, action="append")
     parser.add_argument("--kernel", choices=[entry.name for entry in ENTRIES])
@@ -36,6 +38,8 @@ def main() -> None:
     targets = tuple(chosen.target or TARGETS)
     if chosen.table:
         _table(targets)
+        if not chosen.target:
+            _cuda_table()
         return
     tile = chosen.tile and Tile(*chosen.tile)
     for architecture in targets:
@@ -51,6 +55,21 @@ def _table(targets: tuple[str, ...]) -> None:
         if fresh:
             print(f"{time.perf_counter() - begin:5.0f} s  {row.architecture:7}", line_of(row), flush=True)
     print(f"{count} kernels of {len(CONFIGURATIONS)} calls, {compiled} compiled now, {faulty} with faults: {MARKDOWN}")
+
+
+def _cuda_table() -> None:
+    toolkit = find_toolkit()
+    if toolkit is None:
+        print("no nvcc: the table of the CUDA kernels stays as it is")
+        return
+    begin = time.perf_counter()
+    for source, products, rows in cuda_table.regenerate(toolkit):
+        faulty = sum(bool(cuda_table.faults_of(row)) for row in rows)
+        print(
+            f"{time.perf_counter() - begin:5.0f} s  {source} {products}: {len(rows)} kernels, {faulty} with faults",
+            flush=True,
+        )
+    print(cuda_table.MARKDOWN)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -80,10 +81,15 @@ def regenerate(targets: tuple[str, ...] = TARGETS) -> Iterator[tuple[bool, Row]]
 
 def store(rows: list[Row]) -> None:
     """Write both files."""
-    head = json.dumps({"triton": triton.__version__})[:-1]
-    lines = ",\n".join("  " + json.dumps(asdict(row), ensure_ascii=False) for row in rows)
-    JSON.write_text(f'{head}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    write_rows(JSON, {"triton": triton.__version__}, rows)
     MARKDOWN.write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
+
+
+def write_rows(path: Path, head: dict[str, str], rows: Sequence[Any]) -> None:
+    """Write dataclasses as JSON, a line each."""
+    begin = json.dumps(head)[:-1]
+    lines = ",\n".join("  " + json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    path.write_text(f'{begin}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def markdown(rows: list[Row]) -> list[str]:

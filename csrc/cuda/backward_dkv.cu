@@ -72,25 +72,44 @@ struct Reader {
     int count;
 };
 
+// How this thread copies them to a stage of the pipeline: queries, gradients, lse and δ.
 template <typename Shape>
-__device__ inline void load_query_tile(const Call& call, const Saved& saved, const Reader& reader, int start,
-                                       int stage) {
+struct ReaderCopy {
     using T = typename Shape::T;
     using S = typename Shape::S;
-    auto* tile = reinterpret_cast<S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
-    load_keys<T, Shape::kQueries, Shape::D, Shape::kThreads>(
-        tile, reader.query, call.query.token, start, reader.count, KeyMask{nullptr, 0}, call.head_dim, false);
-    load_keys<T, Shape::kQueries, Shape::D, Shape::kThreads>(tile + Shape::kTileElements, reader.grad,
-                                                             saved.grad_out.token, start, reader.count,
-                                                             KeyMask{nullptr, 0}, call.head_dim, false);
-    auto* levels = reinterpret_cast<float*>(dynamic_shared + Shape::kSharedBytes - Shape::kLevelBytes) +
-                   2 * stage * Shape::kQueries;
-    for (int i = threadIdx.x; i < 2 * Shape::kQueries; i += Shape::kThreads) {
-        const bool is_delta = i >= Shape::kQueries;
-        const float* from = is_delta ? reader.deltas + i - Shape::kQueries : reader.levels + i;
-        cp_async_4(levels + i, from + start, true);
+    static constexpr int kLevels = 2 * Shape::kQueries;
+    TileCopy<T, Shape::kQueries, Shape::D, Shape::kThreads> queries, grads;
+    const float *levels, *deltas;
+
+    __device__ ReaderCopy(const Call& call, const Saved& saved, const Reader& reader)
+        : queries(reader.query, call.query.token, reader.count, call.head_dim, false),
+          grads(reader.grad, saved.grad_out.token, reader.count, call.head_dim, false),
+          levels(reader.levels),
+          deltas(reader.deltas - Shape::kQueries) {}
+
+    __device__ static S* tile(int stage) {
+        return reinterpret_cast<S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
     }
-}
+    __device__ static float* levels_of(int stage) {
+        return reinterpret_cast<float*>(dynamic_shared + Shape::kSharedBytes - Shape::kLevelBytes) +
+               stage * kLevels;
+    }
+    template <typename Simple>
+    __device__ void load(int start, int stage, Simple) const {
+        queries.load(tile(stage), start);
+        grads.load(tile(stage) + Shape::kTileElements, start);
+#pragma unroll
+        for (int first = 0; first < kLevels; first += Shape::kThreads) {
+            const int i = first + threadIdx.x;
+            if (kLevels % Shape::kThreads != 0 && i >= kLevels) break;
+            cp_async_4(levels_of(stage) + i, (i < Shape::kQueries ? levels : deltas) + start + i, true);
+        }
+    }
+    __device__ void arrived(int stage) const {
+        queries.arrived(tile(stage));
+        grads.arrived(tile(stage) + Shape::kTileElements);
+    }
+};
 
 // Adds the queries of a list, a tile at a time as `walk` does with keys.
 template <typename Shape, bool kOptions, bool kKey, bool kValue>
@@ -102,12 +121,10 @@ __device__ inline void gather(const Call& call, const Saved& saved, const Reader
     using T = typename Shape::T;
     using S = typename Shape::S;
     constexpr int N = Shape::kQueries / 8, D = Shape::D;
-    const auto* buffers = reinterpret_cast<const S*>(dynamic_shared);
-    const auto* levels =
-        reinterpret_cast<const float*>(dynamic_shared + Shape::kSharedBytes - Shape::kLevelBytes);
+    const ReaderCopy<Shape> copy(call, saved, reader);
     const auto use = [&](int start, int stage, auto edge) {
-        const S* queries = buffers + 2 * stage * Shape::kTileElements;
-        const float* level = levels + 2 * stage * Shape::kQueries;
+        const S* queries = copy.tile(stage);
+        const float* level = copy.levels_of(stage);
         const QueryColumns columns{start, level, level + Shape::kQueries};
         float weights[N][4];
         ScoreParts<N, kOptions> parts;
@@ -128,15 +145,12 @@ __device__ inline void gather(const Call& call, const Saved& saved, const Reader
             }
         }
     };
-    const auto load = [&](int start, int stage) {
-        load_query_tile<Shape>(call, saved, reader, start, stage);
-    };
-    pipeline<Shape::kStages, !kOptions>(list, load, use);
+    pipeline<Shape::kStages, !kOptions>(list, Constant<true>{}, copy, use);
 }
 
 // Grid: (key tiles of all segments × splits of the readers × splits of their queries, Hkv), for one set.
 template <typename Shape, bool kOptions, bool kKey, bool kValue>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThreads))
     dkv_kernel(const __grid_constant__ Call call, const __grid_constant__ Saved saved,
                const __grid_constant__ KeyGradients grads) {
     using T = typename Shape::T;

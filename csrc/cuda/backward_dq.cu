@@ -79,7 +79,11 @@ struct DqShape : Forward {
 template <typename T, int D>
 struct DqShapeOf;
 template <typename T>
-struct DqShapeOf<T, 64> : DqShape<ForwardShape<T, 64, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 64 : 32, 2>> {};
+struct DqShapeOf<T, 64> : DqShape<ForwardShape<T, 64, std::is_same_v<T, Tf32> ? 2 : 1, kIsHalf<T> ? 8 : 4,
+                                               kIsHalf<T>                ? 64
+                                               : std::is_same_v<T, Tf32> ? 16
+                                                                         : 32,
+                                               2>> {};
 template <typename T>
 struct DqShapeOf<T, 80> : DqShape<ForwardShape<T, 80, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 32 : 16, 2>> {};
 template <typename T>
@@ -91,7 +95,7 @@ struct DqShapeOf<T, 256> : DqShape<ForwardShape<T, 256, 1, kIsHalf<T> ? 4 : 2, k
 
 // Grid: (tiles of the queries of all rows, H).
 template <typename Shape, bool kOptions>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThreads))
     dq_kernel(const __grid_constant__ Call call, const __grid_constant__ Saved saved,
               const __grid_constant__ Tokens target) {
     using T = typename Shape::T;

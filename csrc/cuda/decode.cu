@@ -24,7 +24,7 @@ constexpr int kFoldPitch = D + 8;  // of rows of float32 sums: four rows of eigh
 template <typename T, int D, bool kOptions>
 struct DecodeShapes {
     static constexpr int kWarps = D <= (kIsHalf<T> ? 128 : 64) ? 4 : 2;
-    static constexpr int kKeysOfWarp = kIsHalf<T> ? 16 : 8;
+    static constexpr int kKeysOfWarp = std::is_same_v<T, float> ? 8 : 16;
     static constexpr int kMost = kOptions ? 64 : 128;  // head dim of queries in registers
     using Many = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2, 1, kMost>;
     using Few = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2, kWarps, kMost>;
@@ -229,8 +229,8 @@ __device__ inline void compute_part(const Call& call, const Partials& partials, 
     float sums[1][Shape::D / 8][4];
     state.clear();
     fill_zero(sums);
-    attend<Shape, kOptions, false>(call, queries, rows, list, source, tile, positive_scale(call), state,
-                                   sums);
+    attend<Shape, kOptions, !kOptions>(call, queries, rows, list, source, tile, positive_scale(call), state,
+                                       sums);
     if constexpr (Shape::kKeyWarps > 1) {
         fold_warps<Shape>(call, partials, item, kv_head, state, sums, kOptions);
     } else {
@@ -295,9 +295,9 @@ __device__ inline void merge_query(const Call& call, const Partials& partials, c
 }
 
 // Counts this block's part for every row of its tile, and merges the rows whose last part it was.
-__device__ __noinline__ void merge_finished(const Call& call, const Partials& partials,
-                                            const Results& results, const FoldedTile& tile, int kv_head,
-                                            int warps) {
+__device__ __noinline__ inline void merge_finished(const Call& call, const Partials& partials,
+                                                   const Results& results, FoldedTile tile, int kv_head,
+                                                   int warps) {
     auto* finished = reinterpret_cast<int*>(dynamic_shared);  // rows, -1: not finished; behind the barrier
     const int group = call.heads / call.kv_heads, width = call.max_queries * group;
     __syncthreads();
@@ -326,7 +326,7 @@ __device__ __noinline__ void merge_finished(const Call& call, const Partials& pa
 
 // Grid: (Σ over sets of tiles × chunks, Hkv). Tiles are fastest: blocks side by side read the same keys.
 template <typename Shapes, bool kOptions>
-__global__ void __launch_bounds__(Shapes::kThreads)
+__global__ void __launch_bounds__(Shapes::kThreads, resident_blocks(Shapes::kThreads))
     decode_kernel(const __grid_constant__ Call call, const __grid_constant__ Partials partials,
                   const __grid_constant__ Results results) {
     const FoldedTile tile = folded_tile(call, partials, blockIdx.x);

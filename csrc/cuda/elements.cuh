@@ -26,6 +26,11 @@ template <typename T, int D>
 constexpr int kPitch = D + kChunk<T>;
 constexpr int kWarp = 32;
 
+// Blocks that share a multiprocessor: eight warps, which may then have 255 registers each.
+constexpr int resident_blocks(int threads) {
+    return 8 * kWarp / threads;
+}
+
 __device__ inline int lane() {
     return threadIdx.x % kWarp;
 }

@@ -17,13 +17,15 @@ namespace prefix_fast::cuda {
 template <typename T, int D>
 struct ForwardShapeOf;
 template <typename T>
-struct ForwardShapeOf<T, 64> : ForwardShape<T, 64, kIsHalf<T> ? 2 : 1, 4, 32, kIsHalf<T> ? 3 : 2> {};
+struct ForwardShapeOf<T, 64>
+    : ForwardShape<T, 64, std::is_same_v<T, float> ? 1 : 2, 4, 32, kIsHalf<T> ? 3 : 2> {};
 template <typename T>
 struct ForwardShapeOf<T, 80> : ForwardShape<T, 80, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 64 : 32, 2> {};
 template <typename T>
 struct ForwardShapeOf<T, 96> : ForwardShape<T, 96, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 64 : 32, 2> {};
 template <typename T>
-struct ForwardShapeOf<T, 128> : ForwardShape<T, 128, 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 64 : 16, 2> {};
+struct ForwardShapeOf<T, 128>
+    : ForwardShape<T, 128, std::is_same_v<T, Tf32> ? 2 : 1, kIsHalf<T> ? 8 : 4, kIsHalf<T> ? 64 : 16, 2> {};
 template <typename T>
 struct ForwardShapeOf<T, 256> : ForwardShape<T, 256, 1, kIsHalf<T> ? 4 : 2, 16, kIsHalf<T> ? 3 : 2> {};
 
@@ -58,7 +60,7 @@ __device__ inline void store_results(const Call& call, const Results& results, c
 
 // Grid: (tiles of the queries of all rows, H).
 template <typename Shape, bool kOptions>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThreads))
     forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Results results) {
     using S = typename Shape::S;
     const QueryTile query = query_tile(call, blockIdx.x, Shape::kQueries);

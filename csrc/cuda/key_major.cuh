@@ -62,33 +62,33 @@ __device__ inline void load_block(const Call& call, const SegmentSet& set, const
     using T = typename Shape::T;
     using S = typename Shape::S;
     const Chain chain = chain_of(set, unit, kv_head, 0, sizeof(S));
-    const auto base = [&](const char* data, int64_t stride, int place) -> const char* {
-        const int key = block.first + place;
-        const int bytes = set.is_float32 ? 4 : int{sizeof(S)};
-        return key < block.valid && !block.mask.hides(key) ? data + key * stride * bytes : nullptr;
-    };
     const auto load = [&](const char* data, int64_t stride, int slot) {
-        const auto row_at = [&](int place) { return base(data, stride, place); };
         typename Shape::Keys rows;
         if constexpr (Shape::kInRegisters) {
             const char* pointers[1][2];
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                pointers[0][half] = row_at(warp() * 16 + 8 * half + lane_row());
+            for (int half = 0; half < 2; ++half) {
+                const int key = block.first + warp() * 16 + 8 * half + lane_row();
+                const int bytes = set.is_float32 ? 4 : int{sizeof(S)};
+                const bool present = key < block.valid && !block.mask.hides(key);
+                pointers[0][half] = present ? data + key * stride * bytes : nullptr;
+            }
             rows.load(pointers, call.head_dim, Sign{0xFFFFFFFFu, 0}, set.is_float32);
         } else {
             auto* tile =
                 reinterpret_cast<S*>(dynamic_shared + Shape::kPipelineBytes + slot * Shape::kKeyBytes);
-            load_rows<T, Shape::kKeys, Shape::D, Shape::kThreads>(tile, call.head_dim, set.is_float32,
-                                                                  row_at);
+            const TileCopy<T, Shape::kKeys, Shape::D, Shape::kThreads> copy(data, stride, block.valid,
+                                                                            call.head_dim, set.is_float32);
+            copy.load(tile, block.first, block.mask, set.is_float32);
+            cp_async_commit();
+            cp_async_wait<0>();
+            copy.arrived(tile);
             rows.data = tile + warp() * 16 * kPitch<T, Shape::D>;
         }
         return rows;
     };
     keys = load(chain.key, set.key.token, 0);
     values = load(chain.value, set.value.token, 1);
-    cp_async_commit();
-    cp_async_wait<0>();
 }
 
 // Bits of the weights that dropout keeps, in the order of the tile's elements.

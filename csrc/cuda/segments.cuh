@@ -24,6 +24,14 @@ struct Chain {
     int begin;  // position of the first key among the row's own tokens
 };
 
+// Which keys of a row's own tokens are hidden from all of its queries; null: none.
+struct KeyMask {
+    const uint8_t* data;
+    int64_t stride;
+
+    __device__ bool hides(int key) const { return data != nullptr && data[key * stride] == 0; }
+};
+
 // Tiles of the queries of one row that a block walks a chain with.
 struct QueryTile {
     int row, first, count;  // first query of the tile, queries of the row

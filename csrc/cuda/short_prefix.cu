@@ -49,14 +49,14 @@ template <typename Shape>
 __device__ inline void load_tile_of_reader(const Call& call, const Saved& saved, const QueryTile& tile,
                                            int head) {
     using T = typename Shape::T;
-    const KeyMask none{nullptr, 0};
     const Tokens tensors[2] = {call.query, saved.grad_out};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const char* base = static_cast<const char*>(tensors[i].data) +
                            offset_bytes(tensors[i], tile.row, head, 0, sizeof(typename Shape::S));
-        load_keys<T, Shape::kQueries, Shape::D, Shape::kThreads>(
-            Shape::rows(i), base, tensors[i].token, tile.first, tile.count, none, call.head_dim, false);
+        const TileCopy<T, Shape::kQueries, Shape::D, Shape::kThreads> copy(base, tensors[i].token, tile.count,
+                                                                           call.head_dim, false);
+        copy.load(Shape::rows(i), tile.first);
     }
     const int64_t scratch = head * saved.capacity + scratch_start(call, tile.row) + tile.first;
     for (int i = threadIdx.x; i < 2 * Shape::kQueries; i += Shape::kThreads) {
@@ -107,7 +107,7 @@ __device__ inline void add_segment(const Call& call, const ReaderPosition& reade
 // Grid: (segments × splits, Hkv); where rows have ids, a segment more, whose readers are those that read
 // none.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThreads))
     short_kernel(const __grid_constant__ Call call, const __grid_constant__ Saved saved,
                  const __grid_constant__ Tokens target, const __grid_constant__ KeyGradients grads) {
     using T = typename Shape::T;
@@ -129,11 +129,11 @@ __global__ void __launch_bounds__(Shape::kThreads)
                    grads.key.data != nullptr,
                    grads.value.data != nullptr};
     const Chain chain = chain_of(set, segment, kv_head, 0, sizeof(S));
-    const KeyMask none{nullptr, 0};
-    load_keys<T, Shape::kSegment, D, Shape::kThreads>(Shape::rows(2), chain.key, set.key.token, 0,
-                                                      block.valid, none, call.head_dim, set.is_float32);
-    load_keys<T, Shape::kSegment, D, Shape::kThreads>(Shape::rows(3), chain.value, set.value.token, 0,
-                                                      block.valid, none, call.head_dim, set.is_float32);
+    using Copy = TileCopy<T, Shape::kSegment, D, Shape::kThreads>;
+    const Copy keys(chain.key, set.key.token, block.valid, call.head_dim, set.is_float32);
+    const Copy values(chain.value, set.value.token, block.valid, call.head_dim, set.is_float32);
+    keys.load(Shape::rows(2), 0, block.mask, set.is_float32);
+    values.load(Shape::rows(3), 0, block.mask, set.is_float32);
     cp_async_commit();
     int first_reader = 0, readers = call.rows;
     if (set.ids.data != nullptr) {

@@ -15,64 +15,17 @@
 #include "elements.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
-#include "pipeline.cuh"
 
 namespace prefix_fast::cuda {
 
-// ---- loads
-
-// 16 bytes of a row as a tile holds them: of float32 rows beside tiles of half precision, 32 bytes, rounded.
+// A chunk as products read it: float32 is rounded to tf32 once, in shared memory, and not by every warp.
 template <typename T>
-__device__ inline uint4 load_chunk(const char* from, bool is_float32) {
-    if constexpr (kIsHalf<T>) {
-        if (is_float32) {
-            const uint4 a = load_global_16(from), b = load_global_16(from + 16);
-            using S = Storage<T>;
-            return {packed<S>(as_float(a.x), as_float(a.y)), packed<S>(as_float(a.z), as_float(a.w)),
-                    packed<S>(as_float(b.x), as_float(b.y)), packed<S>(as_float(b.z), as_float(b.w))};
-        }
+__device__ inline uint4 factors_of(uint4 chunk) {
+    if constexpr (std::is_same_v<T, Tf32>) {
+        return {to_tf32(as_float(chunk.x)), to_tf32(as_float(chunk.y)), to_tf32(as_float(chunk.z)),
+                to_tf32(as_float(chunk.w))};
     }
-    return load_global_16(from);
-}
-
-// The rows `row_at(0)` to `row_at(kRows - 1)` of one head, zeros where the pointer is null and past the head
-// dim. Those of the tile's own type are under way until the group of copies is waited for.
-template <typename T, int kRows, int D, int kThreads, typename RowAt>
-__device__ inline void load_rows(Storage<T>* tile, int head_dim, bool is_float32, const RowAt& row_at) {
-    constexpr int kChunks = D / kChunk<T>;
-#pragma unroll
-    for (int first = 0; first < kRows * kChunks; first += kThreads) {
-        const int index = first + threadIdx.x;
-        if (kRows * kChunks % kThreads != 0 && index >= kRows * kChunks) break;
-        const int row = index / kChunks, column = index % kChunks * kChunk<T>;
-        const char* from = row_at(row);
-        const bool valid = from != nullptr && column < head_dim;
-        Storage<T>* to = tile + row * kPitch<T, D> + column;
-        if (kIsHalf<T> && is_float32) {
-            store_shared_16(to, valid ? load_chunk<T>(from + column * 4, true) : uint4{0, 0, 0, 0});
-        } else {
-            cp_async_16(to, from + column * sizeof(Storage<T>), valid);
-        }
-    }
-}
-
-// Which keys of a row's own tokens are hidden from all of its queries; null: none.
-struct KeyMask {
-    const uint8_t* data;
-    int64_t stride;
-
-    __device__ bool hides(int key) const { return data != nullptr && data[key * stride] == 0; }
-};
-
-// Keys [start, start + kRows) of a segment, zeros where they do not exist or are hidden.
-template <typename T, int kRows, int D, int kThreads>
-__device__ inline void load_keys(Storage<T>* tile, const char* base, int64_t token_stride, int start,
-                                 int valid, const KeyMask& mask, int head_dim, bool is_float32) {
-    const int64_t bytes = token_stride * (is_float32 ? 4 : int{sizeof(Storage<T>)});
-    load_rows<T, kRows, D, kThreads>(tile, head_dim, is_float32, [&](int row) -> const char* {
-        const int key = start + row;
-        return key < valid && !mask.hides(key) ? base + key * bytes : nullptr;
-    });
+    return chunk;
 }
 
 // ---- the left operand: in registers, or in shared memory
@@ -130,8 +83,7 @@ struct SharedRows {
     const Storage<T>* data;
 
     __device__ void fragment(int m, int k, uint32_t (&a)[4]) const {
-        static_assert(kIsHalf<T>);
-        ldmatrix_x4(a, data + (16 * m + lane() % 16) * kPitch<T, D> + 16 * k + lane() / 16 * 8);
+        ldmatrix_x4(a, data + (16 * m + lane() % 16) * kPitch<T, D> + (2 * k + lane() / 16) * kChunk<T>);
     }
     __device__ const float* row(int m, int half) const {  // of float: g + 8 half of block m
         return data + (16 * m + 8 * half + lane_row()) * kPitch<T, D>;
@@ -149,7 +101,7 @@ __device__ inline void store_rows(Storage<T>* tile, int head_dim, Sign sign, con
         if (from != nullptr && column < head_dim) chunk = load_global_16(from + column * sizeof(Storage<T>));
         chunk = {(chunk.x & sign.keep) ^ sign.flip, (chunk.y & sign.keep) ^ sign.flip,
                  (chunk.z & sign.keep) ^ sign.flip, (chunk.w & sign.keep) ^ sign.flip};
-        store_shared_16(tile + row * kPitch<T, D> + column, chunk);
+        store_shared_16(tile + row * kPitch<T, D> + column, factors_of<T>(chunk));
     }
 }
 
@@ -180,47 +132,39 @@ __device__ inline float4 load_shared_float4(const float* from) {
     return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
 }
 
+// sums += a · b of 16 columns in half precision, of 8 in tf32: 32 bytes of a row.
+template <typename T>
+__device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kIsHalf<T>) {
+        mma_m16n8k16<T>(sums, a, b);
+    } else {
+        mma_m16n8k8_tf32(sums, a, b);
+    }
+}
+
 // scores += left · rightᵀ, right's rows 0 to 8 N - 1.
 template <typename T, int M, int N, int D, typename Left>
 __device__ inline void multiply_transposed(float (&scores)[M][N][4], const Left& left,
                                            const Storage<T>* right) {
     constexpr int kStride = kPitch<T, D>;
-    if constexpr (kIsHalf<T>) {
+    if constexpr (!std::is_same_v<T, float>) {
         static_assert(N % 2 == 0);
-        const Storage<T>* base = right + (lane() % 8 + lane() / 16 * 8) * kStride + lane() / 8 % 2 * 8;
+        const Storage<T>* base =
+            right + (lane() % 8 + lane() / 16 * 8) * kStride + lane() / 8 % 2 * kChunk<T>;
 #pragma unroll
-        for (int k = 0; k < D / 16; ++k) {
+        for (int k = 0; k < D / (2 * kChunk<T>); ++k) {
             uint32_t a[M][4];
 #pragma unroll
             for (int m = 0; m < M; ++m) left.fragment(m, k, a[m]);
 #pragma unroll
             for (int n = 0; n < N; n += 2) {
                 uint32_t b[4];
-                ldmatrix_x4(b, base + n * 8 * kStride + k * 16);
+                ldmatrix_x4(b, base + n * 8 * kStride + k * 2 * kChunk<T>);
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
-                    mma_m16n8k16<T>(scores[m][n], a[m], {b[0], b[1]});
-                    mma_m16n8k16<T>(scores[m][n + 1], a[m], {b[2], b[3]});
+                    multiply_add<T>(scores[m][n], a[m], {b[0], b[1]});
+                    multiply_add<T>(scores[m][n + 1], a[m], {b[2], b[3]});
                 }
-            }
-        }
-    } else if constexpr (std::is_same_v<T, Tf32>) {
-        const int t = lane() % 4;
-        const float* base = right + lane_row() * kStride + t;
-#pragma unroll 2
-        for (int k = 0; k < D; k += 8) {
-            uint32_t a[M][4];
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) a[m][i] = to_tf32(left.row(m, i % 2)[k + t + i / 2 * 4]);
-            }
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                const float* row = base + n * 8 * kStride + k;
-                const uint32_t b[2] = {to_tf32(row[0]), to_tf32(row[4])};
-#pragma unroll
-                for (int m = 0; m < M; ++m) mma_m16n8k8_tf32(scores[m][n], a[m], b);
             }
         }
     } else {
@@ -289,7 +233,7 @@ __device__ inline void multiply_weights(float (&sums)[M][D / 8][4], const float 
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 const float* place = base + k * 8 * kStride + n * 8;
-                const uint32_t b[2] = {to_tf32(place[0]), to_tf32(place[kStride])};
+                const uint32_t b[2] = {__float_as_uint(place[0]), __float_as_uint(place[kStride])};
 #pragma unroll
                 for (int m = 0; m < M; ++m) mma_m16n8k8_tf32(sums[m][n], a[m], b);
             }

@@ -4,6 +4,7 @@
 // Keys and values of a tile are one group of asynchronous copies, kStages - 1 tiles ahead of the products.
 #pragma once
 
+#include "loads.cuh"
 #include "softmax.cuh"
 
 namespace prefix_fast::cuda {
@@ -37,41 +38,39 @@ struct TileList {
     }
 };
 
-// Like std::bool_constant, on the device.
-template <bool kValue>
-struct Constant {
-    __device__ constexpr operator bool() const { return kValue; }
-};
-
-// Calls load(start, stage) for every tile of a list kStages - 1 tiles ahead of use(start, stage, edge).
-template <int kStages, bool kTwoLoops, typename List, typename Load, typename Use>
-__device__ inline void pipeline(const List& list, const Load& load, const Use& use) {
+// Calls use(start, stage, edge) for every tile of a list, kStages - 1 tiles behind copies.load(start, stage,
+// simple); copies.arrived(stage) is between them, before a barrier.
+//
+// With kTwoLoops the tiles without an edge have a loop of their own if the loads are simple, in which both
+// are constants.
+template <int kStages, bool kTwoLoops, typename List, typename Simple, typename Copies, typename Use>
+__device__ inline void pipeline(const List& list, Simple simple, const Copies& copies, const Use& use) {
     const int count = list.count();
     __syncthreads();
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
-        if (stage < count) load(list.start(stage), stage);
+        if (stage < count) copies.load(list.start(stage), stage, simple);
         cp_async_commit();
     }
     int stage = 0;
-    const auto step = [&](int index, auto edge) {
+    const auto step = [&](int index, auto is_simple, auto edge) {
         cp_async_wait<kStages - 2>();
+        copies.arrived(stage);
         __syncthreads();
         const int next = index + kStages - 1;
-        if (next < count) load(list.start(next), stage == 0 ? kStages - 1 : stage - 1);
+        if (next < count) copies.load(list.start(next), stage == 0 ? kStages - 1 : stage - 1, is_simple);
         cp_async_commit();
         use(list.start(index), stage, edge);
         stage = stage == kStages - 1 ? 0 : stage + 1;
     };
+    int index = 0;
     if constexpr (kTwoLoops) {
+        const int full = simple ? list.full : 0;
 #pragma unroll 1
-        for (int index = 0; index < list.full; ++index) step(index, Constant<false>{});
-#pragma unroll 1
-        for (int index = list.full; index < count; ++index) step(index, Constant<true>{});
-    } else {
-#pragma unroll 1
-        for (int index = 0; index < count; ++index) step(index, index >= list.full);
+        for (; index < full; ++index) step(index, Constant<true>{}, Constant<false>{});
     }
+#pragma unroll 1
+    for (; index < count; ++index) step(index, simple, index >= list.full);
     cp_async_wait<0>();
 }
 
@@ -138,30 +137,53 @@ struct Source {
     int head_dim;
 };
 
+// How this thread copies a run of keys and values to the stages of a pipeline. Values lie kTileElements
+// behind the keys.
 template <typename Shape>
-__device__ inline void load_tile(const Source& source, int start, int stage) {
-    using T = typename Shape::T;
-    auto* keys = reinterpret_cast<typename Shape::S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
-    load_keys<T, Shape::kKeys, Shape::D, Shape::kThreads>(keys, source.chain.key, source.key_stride, start,
-                                                          source.chain.valid, source.mask, source.head_dim,
-                                                          source.is_float32);
-    load_keys<T, Shape::kKeys, Shape::D, Shape::kThreads>(keys + Shape::kTileElements, source.chain.value,
-                                                          source.value_stride, start, source.chain.valid,
-                                                          source.mask, source.head_dim, source.is_float32);
-}
+struct ChainCopy {
+    using S = typename Shape::S;
+    TileCopy<typename Shape::T, Shape::kKeys, Shape::D, Shape::kThreads> keys, values;
+    KeyMask mask;
+    bool is_float32;
+
+    __device__ explicit ChainCopy(const Source& source)
+        : keys(source.chain.key, source.key_stride, source.chain.valid, source.head_dim, source.is_float32),
+          values(source.chain.value, source.value_stride, source.chain.valid, source.head_dim,
+                 source.is_float32),
+          mask(source.mask),
+          is_float32(source.is_float32) {}
+
+    __device__ static S* tile(int stage) {
+        return reinterpret_cast<S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
+    }
+    __device__ bool is_simple() const { return !is_float32 && mask.data == nullptr; }
+
+    template <typename Simple>
+    __device__ void load(int start, int stage, Simple simple) const {
+        S* to = tile(stage);
+        if (simple) {
+            keys.load(to, start);
+            values.load(to + Shape::kTileElements, start);
+        } else {
+            keys.load(to, start, mask, is_float32);
+            values.load(to + Shape::kTileElements, start, mask, is_float32);
+        }
+    }
+    __device__ void arrived(int stage) const {
+        keys.arrived(tile(stage));
+        values.arrived(tile(stage) + Shape::kTileElements);
+    }
+};
 
 // Calls use(start, keys, edge) for the tiles of a list in turn: first those that every query sees whole, then
-// the others, whose edge is true. With kTwoLoops the edge is a constant of either loop; without, it is asked
-// for each tile, in half the code. The values lie kTileElements behind the keys. All threads of the block
-// call it; the barrier at its start frees the buffers of the last walk.
+// the others, whose edge is true. All threads of the block call it; the barrier at its start frees the
+// buffers of the last walk.
 template <typename Shape, bool kTwoLoops, typename Use>
 __device__ inline void walk(const TileList<Shape::kKeys>& list, const Source& source, const Use& use) {
-    const auto* buffers = reinterpret_cast<const typename Shape::S*>(dynamic_shared);
+    const ChainCopy<Shape> copies(source);
     pipeline<Shape::kStages, kTwoLoops>(
-        list, [&](int start, int stage) { load_tile<Shape>(source, start, stage); },
-        [&](int start, int stage, auto edge) {
-            use(start, buffers + 2 * stage * Shape::kTileElements, edge);
-        });
+        list, copies.is_simple(), copies,
+        [&](int start, int stage, auto edge) { use(start, copies.tile(stage), edge); });
 }
 
 // What a tile of the queries of one row and head walks of set `s`.
