@@ -217,71 +217,10 @@ def doctor(
 ) -> None:
     """Show the backends, why each is or is not used, and check each against the oracle on this device."""
     with _one_line_errors(debug):
-        from prefix_fast import dispatch
-        from prefix_fast.doctor import check_backends, environment
+        from prefix_fast.doctor_report import report
 
-        console = Console(highlight=False)
-        for name, value in environment().items():
-            console.print(f"{name:>19}  {escape(value)}")
-        table = Table("backend", "devices", "available", "why not", title="Backends, in the order that auto tries them")
-        for info in dispatch.backends():
-            table.add_row(info.name, info.device, "yes" if info.available else "no", escape(info.reason))
-        console.print(table)
-        refused = _show_configurations(console, every, recheck, tune)
-        _show_linears(console, recheck)
-        with console.status("Checking every available backend against float64"):
-            results = check_backends()
-        checks = Table("backend", "device", "passed", "not served", "failed", title="Outputs and gradients")
-        for result in results:
-            failed = f"[red]{len(result.failures)}[/]" if result.failures else "0"
-            checks.add_row(result.backend, result.device, str(result.passed), str(result.unsupported), failed)
-        console.print(checks)
-        failures = [(result, failure) for result in results for failure in result.failures]
-        for result, failure in failures:
-            console.print(f"[red]{result.backend} on {result.device}[/]: {escape(failure)}", soft_wrap=True)
-        if failures or refused:
+        if not report(Console(highlight=False), every, recheck, tune):
             raise typer.Exit(FAILED)
-        console.print("[green]Every available backend agrees with the oracle.[/]")
-
-
-def _show_configurations(console: Any, every: bool, recheck: bool, tune: bool) -> bool:
-    """The self-check of the Triton kernels; whether a kernel was wrong with its safe tile too."""
-    from prefix_fast.doctor import check_configurations, configurations_reason
-
-    if reason := configurations_reason():
-        if tune:
-            raise ValueError(f"doctor: expected a card to tune on, got none: {reason}; leave --tune out")
-        console.print(f"Self-check of the Triton kernels: {escape(reason)}")
-        return False
-    with console.status("") as status:
-        doing = "Checking and timing" if tune else "Checking"
-        states = check_configurations(
-            every, recheck, tune, lambda configuration: status.update(f"{doing} the Triton kernels: {configuration}")
-        )
-    table = Table("device", "configuration", "queries×keys", "warps", "stages", "", title="Tiles of the Triton kernels")
-    for state in states:
-        tile = ("–", "–", "–")
-        if state.tile is not None:
-            tile = (f"{state.tile.queries}×{state.tile.keys}", str(state.tile.warps), str(state.tile.stages))
-        table.add_row(state.device, state.configuration, *tile, escape(state.state))
-    console.print(table)
-    for state in states:
-        if state.failure is not None:
-            console.print(f"{state.configuration} on {state.device}: {escape(state.failure)}", soft_wrap=True)
-    return any(state.failure is not None and state.tile is None for state in states)
-
-
-def _show_linears(console: Any, recheck: bool) -> None:
-    """Which library multiplies by the weights of a frozen model."""
-    from prefix_fast import linears
-    from prefix_fast.doctor import check_linears
-
-    table = Table("product", "PyTorch", "oneDNN", "used", title="Products with frozen weights (no second copies)")
-    with console.status("Timing products with frozen weights"):
-        for product, times in check_linears(recheck).items():
-            shown = ("–", "–") if times is None else tuple(f"{seconds * 1e3:.3g} ms" for seconds in times)
-            table.add_row(str(product), *shown, linears.library_of(product))
-    console.print(table)
 
 
 @app.command("build-cuda")

@@ -1,7 +1,8 @@
 """Which backend runs a call, and why the others do not.
 
 A backend asked for by name runs or raises; only "auto" chooses, by static facts alone (device, dtype, head dim and the
-arguments in use, never values), in the order of the table.
+arguments in use, never values), in the order of the table; of Triton's and CUDA's kernels it takes those that were, or
+should be, faster on the card (`backends.cuda_vetting`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast import ops
+from prefix_fast.backends.cuda_vetting import FEW_QUERIES
 from prefix_fast.backends.problem import Facts, Problem
 
 ORDER = ("triton", "cuda", "cpu", "reference")  # what "auto" tries
@@ -64,6 +66,7 @@ def facts_of(problem: Problem) -> Facts:
         "packed": problem.cu_seqlens_q is not None or any(s.cu_seqlens is not None for s in sets),
         "mixed_prefix": any(s.key.dtype != query.dtype for s in sets),
         "many_sets": len(sets) > MOST_SETS_OF_CUDA,
+        "few_queries": problem.cu_seqlens_q is None and query.shape[2] <= FEW_QUERIES,
     }
     uses = tuple(name for name, used in present.items() if used)
     head_dim = len(range(query.shape[-1]))  # a plain int: tracing with dynamic shapes makes it a constant, unlike int()
@@ -89,17 +92,24 @@ def choose(
     facts = Facts(device, dtype, head_dim, uses, device_index)
     candidates: tuple[str, ...] = (backend,)
     if backend == "auto":
-        candidates = tuple(name for name in ORDER if name != "triton" or device != "cpu")
+        candidates = tuple(name for name in _ordered(facts) if name != "triton" or device != "cpu")
     reasons = {}
     for name in candidates:
         reasons[name] = unsupported_reasons(name, facts)
         if not reasons[name]:
             return name
+    shown = [use for use in uses if use != "few_queries"]
     listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
     raise NotImplementedError(
         f"prefix_fast: expected a call that {source}={backend!r} can run, got {dtype} on {device} with head dim "
-        f"{head_dim} and {', '.join(uses) or 'no special argument'}. {listed}. Pass backend='auto' for another"
+        f"{head_dim} and {', '.join(shown) or 'no special argument'}. {listed}. Pass backend='auto' for another"
     )
+
+
+def _ordered(facts: Facts) -> tuple[str, ...]:
+    if facts.device != "cuda" or not ops.load_backend("cuda").is_preferred(facts):
+        return ORDER
+    return ("cuda", *(name for name in ORDER if name != "cuda"))
 
 
 # Tracing takes the choice as a constant. This is what torch.compiler.assume_constant_result does, which first imports

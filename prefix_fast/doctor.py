@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 
 from prefix_fast import dispatch, half, linears, selfcheck, testing, tuning
-from prefix_fast.backends import cuda, native, triton, triton_vetting
+from prefix_fast.backends import cuda, cuda_vetting, native, triton, triton_vetting
+from prefix_fast.backends.cuda_vetting import Times
+from prefix_fast.backends.problem import Facts
 from prefix_fast.backends.triton_config import Tile
-from prefix_fast.backends.triton_vetting import Configuration, Verdict
+from prefix_fast.backends.triton_vetting import Configuration, Kind, Verdict
 from prefix_fast.testing import Case
 
 CASES = (
@@ -40,6 +42,14 @@ class CheckResult(NamedTuple):
     passed: int
     unsupported: int
     failures: tuple[str, ...]
+
+
+class CudaState(NamedTuple):
+    """The CUDA kernels on one device."""
+
+    device: str
+    verdicts: dict[str, str | None]  # by kind of call: "" right, else what was wrong; None: unchecked
+    times: dict[str, Times]  # of Triton's kernels and of CUDA's, by kind of work
 
 
 class ConfigurationState(NamedTuple):
@@ -101,6 +111,27 @@ def _state(device: str, index: int, configuration: Configuration, verdict: Verdi
     else:
         state = "checked" if verdict.failure is None else "failed: safe tile used"
     return ConfigurationState(device, str(configuration), verdict.used, state, verdict.failure)
+
+
+def check_cuda_kernels(
+    every: bool = False, recheck: bool = False, tune: bool = False, progress: Callable[[Kind], None] | None = None
+) -> list[CudaState]:
+    """Check the CUDA kernels on each device, for kinds without a verdict unless asked to; `tune` times them too."""
+    kinds = selfcheck.all_kinds() if every else selfcheck.usual_kinds()
+    states = []
+    for index in range(torch.cuda.device_count()):
+        found = {}
+        for kind in kinds:
+            if progress is not None:
+                progress(kind)
+            uses = ("mixed_prefix",) if kind.mixed else ()
+            facts = Facts("cuda", kind.dtype, kind.block_d, uses, index)
+            found[str(kind)] = selfcheck.run_cuda(torch.device("cuda", index), facts, renew=recheck)
+        if tune:
+            tuning.time_backends(f"cuda:{index}")
+        times = {work: cuda_vetting.times_of(index, work) for work in cuda_vetting.WORKS}
+        states.append(CudaState(f"cuda:{index}", found, times))
+    return states
 
 
 def check_linears(recheck: bool = False) -> dict[linears.Product, linears.Times | None]:

@@ -1,4 +1,4 @@
-"""The self-check of the Triton kernels: each configuration against the oracle on the device that is to run it.
+"""The self-check of the GPU kernels: each configuration against the oracle on the device that is to run it.
 
 One kernel at a time runs on small calls with several tiles each way and ragged ends, through the launchers that every
 call uses, into outputs full of NaN; its results must be within the error budget of `prefix_fast.testing`. `patch`
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prefix_fast import dispatch, testing
-from prefix_fast.backends import triton, triton_vetting
+from prefix_fast.backends import cuda, cuda_vetting, triton, triton_vetting
 from prefix_fast.backends.problem import Facts, Grads, Problem
 from prefix_fast.backends.triton import NAME
 from prefix_fast.backends.triton_config import PRECISIONS, Tile
@@ -107,7 +107,10 @@ def vet(device: torch.device, backend: str, head_dim: int, dtype: torch.dtype, p
     _vetted.add(key)
     index = index_of(device)
     mixed = dtype in HALVES and prefix_dtype == torch.float32
-    if _chosen(backend, Facts(device.type, dtype, head_dim, ("mixed_prefix",) if mixed else (), index or 0)) != NAME:
+    facts = Facts(device.type, dtype, head_dim, ("mixed_prefix",) if mixed else (), index or 0)
+    if backend in ("auto", cuda.NAME):
+        run_cuda(device, facts)
+    if _chosen(backend, facts) != NAME:
         return
     kind = triton_vetting.kind_of(head_dim, dtype, mixed)
     unchecked = [wanted for wanted in configurations([kind]) if triton_vetting.verdict_of(index, wanted) is None]
@@ -115,6 +118,43 @@ def vet(device: torch.device, backend: str, head_dim: int, dtype: torch.dtype, p
         card = triton_vetting.environment_of(index).card
         logging.getLogger(__name__).warning("Checking the Triton kernels for %s on %s, once for this card", kind, card)
         run(device, unchecked)
+
+
+def run_cuda(device: torch.device, facts: Facts, *, renew: bool = False) -> str | None:
+    """Check the CUDA kernels, where they can run on the device, for a kind of call without a verdict; record it.
+
+    Returns:
+        What is known then: "" where they are right; None where they cannot run, or memory or disk ran out.
+    """
+    if facts.device != "cuda" or cuda.availability() is not None or torch.version.hip is not None:
+        return None
+    index, kind = facts.device_index, cuda.kind_of_facts(facts)
+    verdict = cuda_vetting.verdict_of(index, kind)
+    if not renew and (verdict is not None or cuda.unsupported_reasons(facts)):
+        return verdict
+    try:
+        cuda_vetting.record_verdict(index, kind, alone(_failure_of_cuda, device, kind))
+    except TRANSIENT:
+        return None
+    raise_fault(device, f"CUDA kernels for {kind}")
+    return cuda_vetting.verdict_of(index, kind)
+
+
+def _failure_of_cuda(device: torch.device, kind: Kind) -> str | None:
+    """Why the CUDA kernels are wrong, or None: forward and backward of all that they have kernels for."""
+    tile = Tile(64, 64, 4, 1)
+    every = (
+        case for cases in (_cases_by_row, _cases_of_few_queries, _cases_of_short) for case in cases(tile, kind.block_d)
+    )
+    with defaults(device, kind):
+        for case in every:
+            try:
+                testing.check(make_problem(case, kind, device), cuda.NAME)
+            except TRANSIENT:
+                raise
+            except Exception as error:  # whatever a card does wrong is what the check is there to find
+                return f"{type(error).__name__} on {case}: {error}"
+    return None
 
 
 def vet_model(
@@ -151,20 +191,16 @@ def _check(device: torch.device, index: int | None, configuration: Configuration
     """Check the table's tile and, where it fails, the safe one; None: memory or disk ran out."""
     tiles = triton_vetting.candidates(index, configuration)
     failures: list[str | None] = []
-    fault = None
     try:
         for tile in dict.fromkeys(tiles):
             failures.append(failure(device, configuration, tile))
-            if failures[-1] is None or (fault := fault_of(device)) is not None:
+            if failures[-1] is None or fault_of(device) is not None:
                 break
     except TRANSIENT:
         return None
     verdict = triton_vetting.record(index, configuration, failures[0], failures[1] if len(failures) > 1 else None)
-    if fault is not None:
-        raise RuntimeError(
-            f"selfcheck.run: expected the kernel {configuration} to leave the device usable, got {fault}; that is "
-            "recorded: start this process again, which will not run it"
-        ) from fault
+    if failures[-1] is not None:
+        raise_fault(device, f"kernel {configuration}")
     return verdict
 
 
@@ -177,6 +213,16 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def failure(device: torch.device, configuration: Configuration, tile: Tile) -> str | None:
     """Why the tile is wrong, or None. Raises one of TRANSIENT where memory or disk ran out."""
     return alone(_failure, device, configuration, tile)
+
+
+def raise_fault(device: torch.device, what: str) -> None:
+    """RuntimeError where a kernel has left the device unusable."""
+    fault = fault_of(device)
+    if fault is not None:
+        raise RuntimeError(
+            f"selfcheck.run: expected the {what} to leave the device usable, got {fault}; that is recorded: start this "
+            "process again, which will not run it"
+        ) from fault
 
 
 def fault_of(device: torch.device) -> RuntimeError | None:

@@ -13,12 +13,15 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import torch
 
-from prefix_fast import selfcheck, testing
-from prefix_fast.backends import triton, triton_backward, triton_forward, triton_short, triton_vetting
+from prefix_fast import ops, selfcheck, testing
+from prefix_fast.backends import cuda_vetting, triton, triton_backward, triton_forward, triton_short, triton_vetting
+from prefix_fast.backends.cuda_vetting import DECODE, TRAINING, WORKS, Times
 from prefix_fast.backends.problem import Grads, Problem
+from prefix_fast.backends.shapes import Shape
 from prefix_fast.backends.triton_call import make_call
 from prefix_fast.backends.triton_config import Tile, device_of
 from prefix_fast.backends.triton_vetting import Configuration, Kind, Verdict
@@ -99,6 +102,45 @@ def tune(
             verdict = _tune(device, index, configuration, verdict, clock)
         verdicts[configuration] = verdict
     return verdicts
+
+
+def time_backends(device: torch.device | str, *, clock: Clock = seconds_of) -> dict[str, Times]:
+    """Time Triton's and CUDA's kernels on a decode step and on a training step, in bfloat16, and keep both times.
+
+    Returns:
+        The times by the kind of work, of which "auto" takes the faster; none where either is not right on the device.
+    """
+    index = selfcheck.index_of(torch.device(device))
+    if index is None:
+        return {}
+    device = torch.device("cuda", index)
+    found = {}
+    for work, shape in zip(WORKS, (DECODE, TRAINING), strict=True):
+        kind = triton_vetting.kind_of(shape.head_dim, torch.bfloat16, mixed=False)
+        if cuda_vetting.verdict_of(index, kind) != "" or triton_vetting.refusals(index, kind):
+            continue
+        problem = testing.make_problem(_case_of(shape), device)
+        runs = [partial(_run, ops.load_backend(name), problem, shape is TRAINING) for name in ("triton", "cuda")]
+        cuda_vetting.record_times(index, work, *selfcheck.alone(clock, device, runs))
+        found[work] = cuda_vetting.times_of(index, work)
+    return found
+
+
+def _case_of(shape: Shape) -> Case:
+    ((_, P),) = shape.sets
+    return Case(B=shape.rows, H=shape.heads, Hkv=shape.kv_heads, Tq=shape.queries, Tk=shape.keys, P=P, D=shape.head_dim,
+                dtype=torch.bfloat16)  # fmt: skip
+
+
+def _run(backend: ModuleType, problem: Problem, with_backward: bool) -> None:
+    """A call as the operator makes it, with the gradients of a frozen model's training step."""
+    out = torch.empty_like(problem.query)
+    lse = torch.empty(problem.query.shape[:-1], dtype=torch.float32, device=out.device)
+    backend.forward(problem, out, lse)
+    if with_backward:
+        query, key, value = (torch.empty_like(t) for t in (problem.query, problem.key, problem.value))
+        of_sets = tuple((torch.empty_like(s.key), torch.empty_like(s.value)) for s in problem.sets)
+        backend.backward(problem, out, lse, out, None, Grads(query, key, value, of_sets))
 
 
 def _tune(

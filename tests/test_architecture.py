@@ -17,7 +17,7 @@ LAYERS = (
     ("prefix_fast.backends.triton_neighbours", "prefix_fast.backends.shapes", "prefix_fast.half"),
     ("prefix_fast.backends.triton_vetting",),
     ("prefix_fast.backends.triton_call", "prefix_fast.backends.triton_cost", "prefix_fast.backends.triton_partials"),
-    ("prefix_fast.backends.triton_decode",),
+    ("prefix_fast.backends.triton_decode", "prefix_fast.backends.cuda_vetting"),
     ("prefix_fast.backends.triton_forward",),
     ("prefix_fast.backends.triton_short",),
     ("prefix_fast.backends.triton_backward",),
@@ -44,6 +44,7 @@ LAYERS = (
     ("prefix_fast.patching",),
     ("prefix_fast.training",),
     ("prefix_fast.demo", "prefix_fast.doctor", "prefix_fast.prediction", "prefix_fast.speed"),
+    ("prefix_fast.doctor_report",),
     ("prefix_fast.cli",),
     ("prefix_fast",),
 )

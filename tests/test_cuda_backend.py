@@ -1,34 +1,30 @@
 """The cuda backend on machines that cannot run it: why not, in words; and how its kernels are compiled."""
 
 import importlib
-import importlib.machinery
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_cards import HALF, fake_installation, forget
 
 from prefix_fast import cuda_build, dispatch, testing
 from prefix_fast.backends import cuda
-from prefix_fast.backends.problem import Facts, Grads
+from prefix_fast.backends.problem import Grads
 from prefix_fast.testing import Case
 
-HALF = Facts("cuda", torch.float16, 64, ())
-BUILT = importlib.machinery.ModuleSpec(cuda.MODULE, None)
+
+@pytest.fixture(autouse=True)
+def _nothing_known():
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """An installation with the kernels, a driver of their toolkit's version, and a card of sm_90."""
-    module = SimpleNamespace(driver_version=lambda: 13000, runtime_version=13000, architectures="80_90")
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: BUILT)
-    monkeypatch.setattr(cuda, "extension", lambda: module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    cuda._device_reason.cache_clear()
-    yield module
-    cuda._device_reason.cache_clear()
+    """An installation with the kernels, which the test may change."""
+    return fake_installation(monkeypatch)
 
 
 def test_a_machine_with_everything_serves_a_call(built):

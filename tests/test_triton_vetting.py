@@ -114,7 +114,7 @@ def test_a_verdict_holds_for_its_card_driver_versions_kernels_and_tile_alone(cha
     if change in ("name", "minor"):
         setattr(card, change, {"name": "Other card", "minor": 3}[change])
     elif change == "driver":
-        monkeypatch.setattr(triton_vetting, "_driver", lambda: "another")
+        monkeypatch.setattr(triton_vetting, "driver_of", lambda: "another")
     elif change == "kernels":
         monkeypatch.setattr(triton_vetting, "_hash_of_kernels", lambda: "another")
     elif change == "tile":

@@ -170,7 +170,9 @@ def test_a_choice_holds_for_its_card_driver_versions_and_kernels_alone(change, b
     if change == "name":
         card.name = "Other card"
     elif change in ("driver", "kernels"):
-        monkeypatch.setattr(triton_vetting, {"driver": "_driver", "kernels": "_hash_of_kernels"}[change], lambda: "new")
+        monkeypatch.setattr(
+            triton_vetting, {"driver": "driver_of", "kernels": "_hash_of_kernels"}[change], lambda: "new"
+        )
     else:
         monkeypatch.setattr(importlib.import_module(change), "__version__", "0.0")
     assert triton_vetting.verdict_of(0, DKV) is None and used_tile() == safe_tiles(64).dkv

@@ -209,10 +209,14 @@ def flashinfer_cascade(leaves: list[Tensor]) -> Contender:
 
 
 def rivals_of(shape: Shape, leaves: list[Tensor]) -> dict[str, Callable[[], Contender]]:
-    """How to make each rival of a shape, by name; making one may raise, as a rival has limits of its own."""
+    """How to make each rival of a shape, by name; making one may raise, as a rival has limits of its own.
+
+    The first is no rival: our own CUDA kernels, beside the Triton kernels that are compared with all.
+    """
     compiled = torch.compile(flex_attention, dynamic=False)
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     rivals = {
+        "prefix_attention, CUDA kernels": lambda: ours(leaves, "cuda"),
         "concatenation + SDPA, flash": lambda: concatenation(leaves, flash),
         "concatenation + flex": lambda: flex_concatenation(leaves, compiled),
     }

@@ -15,10 +15,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from prefix_fast.backends import cuda_vetting
+from prefix_fast.backends.cuda_vetting import MODULE
 from prefix_fast.backends.problem import Facts, Grads, Problem, SegmentSet, make_plan
+from prefix_fast.backends.triton_vetting import Kind, kind_of
 
 NAME = "cuda"
-MODULE = "prefix_fast._native_cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 ALIGNMENT = 16  # bytes of a copy from global memory: every row of tokens begins at a multiple
@@ -33,7 +35,7 @@ def availability() -> str | None:
     """None where the backend can run; otherwise why not."""
     if torch.version.hip is not None:
         return "the cuda backend runs on NVIDIA's cards, and this PyTorch is built for AMD's"
-    if importlib.util.find_spec(MODULE) is None:
+    if not _is_built():
         return f"this installation was built without the CUDA kernels; {BUILD}"
     try:
         module = extension()
@@ -102,7 +104,21 @@ def unsupported_reasons(facts: Facts) -> list[str]:
         reasons.append(f"the cuda backend takes cuda tensors, not {facts.device}")
     elif (refused := _device_reason(facts.device_index)) is not None:
         reasons.append(refused)
-    return reasons
+    return reasons or cuda_vetting.refusals(facts.device_index, kind_of_facts(facts))
+
+
+def kind_of_facts(facts: Facts) -> Kind:
+    """The kind of call, as the self-check knows it."""
+    return kind_of(facts.head_dim, facts.dtype, "mixed_prefix" in facts.uses)
+
+
+def is_preferred(facts: Facts) -> bool:
+    """Whether "auto" takes these kernels before Triton's: they were found right, are faster, and can run the call."""
+    if facts.device != "cuda" or facts.dtype not in DTYPES or torch.version.hip is not None:
+        return False
+    few = "few_queries" in facts.uses
+    preferred = cuda_vetting.is_preferred(facts.device_index, kind_of_facts(facts), few)
+    return preferred and availability() is None and not unsupported_reasons(facts)
 
 
 @functools.cache
@@ -239,6 +255,11 @@ def _without_empty(grads: Grads) -> Grads:
 
     sets = tuple((kept(key), kept(value)) for key, value in grads.sets)
     return Grads(kept(grads.query), kept(grads.key), kept(grads.value), sets)
+
+
+@functools.cache
+def _is_built() -> bool:
+    return importlib.util.find_spec(MODULE) is not None
 
 
 @functools.cache

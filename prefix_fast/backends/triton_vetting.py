@@ -194,7 +194,7 @@ def environment_of(index: int | None) -> Environment:
         properties = torch.cuda.get_device_properties(index)
         card = properties.name
         capability = f"{properties.major}.{properties.minor} {getattr(properties, 'gcnArchName', '')}".strip()
-        driver = _driver()
+        driver = driver_of()
     return Environment(card, capability, driver, triton.__version__, str(torch.__version__), _hash_of_kernels())
 
 
@@ -276,7 +276,7 @@ def _read(environment: Environment, configuration: Configuration, tiles: tuple[T
     return verdict if texts and entry == _entry(environment, configuration, verdict) else None
 
 
-def _driver() -> str:
+def driver_of() -> str:
     """The driver, as the kernel module says it; where none does, the CUDA version that it serves."""
     for file in (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")):
         try:
