@@ -229,7 +229,8 @@ def compare(
         grads = output_grads(problem) if len(true) > 2 else None
     eager = errors(evaluate(problem, "eager", grads), true)
     found = errors(results, true)
-    cancelled = 0.0 if grads is None else _rounding_of_cancelled_sums(problem, grads[0], true["out"])
+    of_out = 2 * eager["out"] if eager["out"] != torch.inf else 0.0
+    cancelled = 0.0 if grads is None else _rounding_of_cancelled_sums(problem, grads[0], true["out"], of_out)
     exponent = _precision(problem) * _largest(true["lse"][true["lse"].isfinite()].abs())
     budget = {}
     for key, value in true.items():
@@ -248,21 +249,24 @@ def compare(
     return found
 
 
-def _rounding_of_cancelled_sums(problem: Problem, grad_out: Tensor, out: Tensor) -> float:
+def _rounding_of_cancelled_sums(problem: Problem, grad_out: Tensor, out: Tensor, out_error: float) -> float:
     """The roundings of do·v / (1 - p) - δ, δ = do·out, as they reach the gradients of queries and keys.
 
     Where a query sees a single key both terms are the same sum of D products, and what is left is how each was rounded,
     however small the true gradient is: u · ‖do‖ ‖v‖ / (1 - p) in float32. δ also has one rounding of each element of
-    `out` to its dtype, independent of each other: u · ‖do ∘ out‖. Eager PyTorch takes both terms from one number, so it
-    is no yardstick for this.
+    `out` to its dtype, independent of each other: u · ‖do ∘ out‖; or, of the sums that `out` is of, what a budget of
+    `out_error` allows, which many equal summands give one sign: |do·out| · out_error / max |out|. Eager PyTorch takes
+    both terms from one number, so it is no yardstick for this.
     """
     named = float_tensors(problem)
     values = [t for name, t in named.items() if name.endswith("value")]
     reach = max(_largest(t.abs()) for name, t in named.items() if not name.endswith("value"))
     product = _largest(grad_out.float().norm(dim=-1)) * max(_largest(t.float().norm(dim=-1)) for t in values)
     sums = _precision(problem) / 2 * product / (1 - problem.dropout_p)
-    stored = torch.finfo(problem.query.dtype).eps / 2 * _largest((grad_out.double() * out).norm(dim=-1))
-    return abs(problem.scale) * reach * (sums + stored)
+    products = grad_out.double() * out
+    stored = torch.finfo(problem.query.dtype).eps / 2 * _largest(products.norm(dim=-1))
+    summed = out_error / max(_largest(out.abs()), 1e-30) * _largest(products.sum(dim=-1).abs())
+    return abs(problem.scale) * reach * (sums + max(stored, summed))
 
 
 def _precision(problem: Problem) -> float:

@@ -13,6 +13,7 @@ import torch
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 HERE = Path(__file__).resolve().parent
 RUNNER = HERE / "gpu" / "on_card.py"
+RUN_ELSEWHERE = {"test_properties", "test_cuda"}  # by test_triton_interpreter; the CUDA kernels by the emulator
 
 
 def run_pytest(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
@@ -115,9 +116,7 @@ def test_the_runner_passes_arguments_and_reports_failures(runner, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(file.stem for file in (HERE / "gpu").glob("test_*.py")))
+@pytest.mark.parametrize("name", sorted({file.stem for file in (HERE / "gpu").glob("test_*.py")} - RUN_ELSEWHERE))
 def test_gpu_tests_pass_in_the_interpreter(name: str) -> None:
-    if name == "test_properties":
-        pytest.skip("test_triton_interpreter runs them")
     done = run_pytest(HERE / "gpu" / f"{name}.py", TRITON_INTERPRET="1")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
