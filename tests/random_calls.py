@@ -235,17 +235,21 @@ def placed(call: Call, problem: Problem, machine: Memory) -> Problem:
     )  # fmt: skip
 
 
-def check_results(call: Call, backend: str, results: dict[str, Tensor], products: torch.dtype | None = None) -> None:
+def check_results(call: Call, backend: str, results: dict[str, Tensor], tf32: bool = False) -> None:
     """Compare with the float64 truth, within the budget of `prefix_fast.testing`; exact zeros are exact.
 
-    `products` is the dtype whose significand the factors of products have, if it is not the call's own: the budget is
-    that of eager PyTorch in it.
+    With `tf32` the truth is of the factors that products in tf32 read, and the budget that of eager PyTorch in float16,
+    whose significand is as long.
     """
     problem = problem_of(call)
     grads = gradients_of(call, problem)
+    if tf32:
+        rounded = {name: as_tf32(tensor) for name, tensor in float_tensors(problem).items()}
+        problem, grads = with_float_tensors(problem, rounded), (as_tf32(grads[0]), grads[1])
     true = truth(problem, grads)
-    if products is not None:
-        problem = with_float_tensors(problem, {name: t.to(products) for name, t in float_tensors(problem).items()})
+    if tf32:
+        halves = {name: tensor.to(torch.float16) for name, tensor in float_tensors(problem).items()}
+        problem = with_float_tensors(problem, halves)
     if call.scores != "normal":
         compare_large(problem, backend, results, true, grads[0])
     else:
@@ -256,6 +260,11 @@ def check_results(call: Call, backend: str, results: dict[str, Tensor], products
     empty = results["lse"] == -torch.inf
     if bool((results["out"][empty] != 0).any()) or bool((results.get("grad.query", results["out"])[empty] != 0).any()):
         raise AssertionError("a query that sees no key has an output or a gradient")
+
+
+def as_tf32(tensor: Tensor) -> Tensor:
+    """The nearest numbers of tf32, ties away from zero."""
+    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 # What random calls have: each often enough, and what mutants of a feature are tried on.

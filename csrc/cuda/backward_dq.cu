@@ -52,8 +52,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
         float delta = 0;
         for (int d = threadIdx.x % kLanesOfRow * kChunk<T>; exists && d < call.head_dim;
              d += kLanesOfRow * kChunk<T>) {
-            delta += dot_chunk<T>(load_global_16(out + (place * saved.out.token + d) * bytes),
-                                  load_global_16(grad + (place * saved.grad_out.token + d) * bytes));
+            // As the products will read it: where a query sees one key, do·v and δ cancel.
+            const uint4 of_grad =
+                factors_of<T>(load_global_16(grad + (place * saved.grad_out.token + d) * bytes));
+            delta += dot_chunk<T>(load_global_16(out + (place * saved.out.token + d) * bytes), of_grad);
         }
 #pragma unroll
         for (int step = 1; step < kLanesOfRow; step *= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, step);
