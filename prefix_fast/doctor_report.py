@@ -97,8 +97,8 @@ def _show_cuda_kernels(console: Console, every: bool, recheck: bool, tune: bool)
         for work, times in state.times.items():
             how = "measured" if times.measured else "predicted"
             console.print(
-                f"{work} on {state.device}: auto takes {times.faster}, {how} CUDA {1e6 * times.cuda:.0f} µs, Triton "
-                f"{1e6 * times.triton:.0f} µs"
+                f"{work} on {state.device}: {times.faster} is faster ({how}: CUDA {1e6 * times.cuda:.0f} µs, Triton "
+                f"{1e6 * times.triton:.0f} µs), so auto takes it for the kinds that are checked"
             )
         for kind, verdict in state.verdicts.items():
             if verdict:

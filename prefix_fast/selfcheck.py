@@ -132,6 +132,7 @@ def run_cuda(device: torch.device, facts: Facts, *, renew: bool = False) -> str 
     verdict = cuda_vetting.verdict_of(index, kind)
     if not renew and (verdict is not None or cuda.unsupported_reasons(facts)):
         return verdict
+    cuda_vetting.forget_verdict(index, kind)
     try:
         cuda_vetting.record_verdict(index, kind, alone(_failure_of_cuda, device, kind))
     except TRANSIENT:

@@ -124,6 +124,15 @@ def test_the_check_of_a_kind_is_run_once_and_recorded(both, monkeypatch, wrong):
     assert len(checked) == (2 if wrong else 26)
 
 
+def test_kernels_found_wrong_can_be_checked_again(both, monkeypatch):
+    cuda_vetting.record_verdict(0, KIND, "AssertionError: out differs")
+    monkeypatch.setattr(selfcheck, "make_problem", lambda case, kind, device: None)
+    monkeypatch.setattr(selfcheck.testing, "check", lambda problem, backend: dispatch.choose(backend, *HALF))
+    monkeypatch.setattr(selfcheck, "fault_of", lambda device: None)
+    assert selfcheck.run_cuda(torch.device("cuda", 0), HALF) == "AssertionError: out differs"
+    assert selfcheck.run_cuda(torch.device("cuda", 0), HALF, renew=True) == ""
+
+
 def test_a_check_that_runs_out_of_memory_says_nothing(both, monkeypatch):
     def check(problem, backend):
         raise torch.OutOfMemoryError
@@ -192,8 +201,8 @@ def test_doctor_says_which_kernels_auto_takes_and_why(both, monkeypatch):
     monkeypatch.setattr(selfcheck, "run_cuda", lambda device, facts, renew: next(found))
     assert doctor_report._show_cuda_kernels(console, every=False, recheck=False, tune=False)
     text = console.export_text()
-    assert "few queries on cuda:0: auto takes cuda, predicted CUDA" in text
-    assert "many queries on cuda:0: auto takes triton, predicted CUDA" in text
+    assert "few queries on cuda:0: cuda is faster (predicted: CUDA" in text
+    assert "many queries on cuda:0: triton is faster (predicted: CUDA" in text
     assert "out differs" in text
     assert "failed: refused" in text
     assert "unchecked" in text

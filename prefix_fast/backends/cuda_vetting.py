@@ -66,6 +66,11 @@ def record_verdict(index: int, kind: Kind, failure: str | None) -> None:
     _write(index, f"cuda-{kind}", failure or "")
 
 
+def forget_verdict(index: int, kind: Kind) -> None:
+    """Take the kind for unchecked, in this process: kernels that were found wrong are refused, also to a check."""
+    _verdicts[index, kind] = None
+
+
 def times_of(index: int, work: str) -> Times:
     """Of both kernels on this card: those on record, else those predicted."""
     if (index, work) not in _times:
