@@ -66,7 +66,8 @@ def facts_of(problem: Problem) -> Facts:
         "packed": problem.cu_seqlens_q is not None or any(s.cu_seqlens is not None for s in sets),
         "mixed_prefix": any(s.key.dtype != query.dtype for s in sets),
         "many_sets": len(sets) > MOST_SETS_OF_CUDA,
-        "few_queries": problem.cu_seqlens_q is None and query.shape[2] <= FEW_QUERIES,
+        # Tracing with dynamic shapes compiles anew past this number, so it is asked where it can matter.
+        "few_queries": query.is_cuda and problem.cu_seqlens_q is None and query.shape[2] <= FEW_QUERIES,
     }
     uses = tuple(name for name, used in present.items() if used)
     head_dim = len(range(query.shape[-1]))  # a plain int: tracing with dynamic shapes makes it a constant, unlike int()
