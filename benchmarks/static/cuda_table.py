@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import textwrap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from cuda_code import ARCHITECTURES, UNITS, Code, Kernel, codes_of, fingerprint
 from figures import REGISTERS
 from figures import Row as TritonRow
-from table import FOLDER, write_rows
+from table import FOLDER, document, write_rows
 from table import load as load_triton_table
 
 from prefix_fast.backends.triton_config import padded
@@ -192,17 +191,9 @@ def regenerate(toolkit: Toolkit) -> Iterator[tuple[str, str, list[Row]]]:
 
 def markdown(release: str, rows: list[Row]) -> list[str]:
     """A section for each architecture."""
-    lines = ["# Machine code of the CUDA kernels", "", *textwrap.wrap(PREFACE.strip().format(release), 120)]
-    for architecture in ARCHITECTURES:
-        lines += [
-            "",
-            f"## sm_{architecture}",
-            "",
-            "| products | kernel | D | variant | registers | spills | warps | loops | faults |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [line_of(row) for row in rows if row.architecture == architecture]
-    return lines
+    columns = ("products", "kernel", "D", "variant", "registers", "spills", "warps", "loops", "faults")
+    sections = {f"sm_{a}": [line_of(row) for row in rows if row.architecture == a] for a in ARCHITECTURES}
+    return document("Machine code of the CUDA kernels", PREFACE.format(release), columns, sections)
 
 
 def line_of(row: Row) -> str:

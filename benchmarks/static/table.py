@@ -94,20 +94,27 @@ def write_rows(path: Path, head: dict[str, str], rows: Sequence[Any]) -> None:
 
 def markdown(rows: list[Row]) -> list[str]:
     """A section for each architecture."""
-    lines = [
-        "# Machine code of the Triton kernels",
-        "",
-        *textwrap.wrap(PREFACE.strip().format(triton.__version__), 120),
-    ]
-    for target in TARGETS:
-        lines += [
-            "",
-            f"## {target}",
-            "",
-            "| call | kernel | tile | registers | stack | spills (in loops) | shared | occupancy | loops | faults |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [line_of(row) for row in rows if row.architecture == target]
+    columns = (
+        "call",
+        "kernel",
+        "tile",
+        "registers",
+        "stack",
+        "spills (in loops)",
+        "shared",
+        "occupancy",
+        "loops",
+        "faults",
+    )
+    sections = {target: [line_of(row) for row in rows if row.architecture == target] for target in TARGETS}
+    return document("Machine code of the Triton kernels", PREFACE.format(triton.__version__), columns, sections)
+
+
+def document(title: str, preface: str, columns: Sequence[str], sections: dict[str, list[str]]) -> list[str]:
+    """The lines of a file with a table in each section."""
+    lines = [f"# {title}", "", *textwrap.wrap(preface.strip(), 120)]
+    for name, rows in sections.items():
+        lines += ["", f"## {name}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *rows]
     return lines
 
 
