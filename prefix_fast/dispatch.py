@@ -66,17 +66,18 @@ def facts_of(problem: Problem) -> Facts:
         "packed": problem.cu_seqlens_q is not None or any(s.cu_seqlens is not None for s in sets),
         "mixed_prefix": any(s.key.dtype != query.dtype for s in sets),
         "many_sets": len(sets) > MOST_SETS_OF_CUDA,
-        # Tracing with dynamic shapes compiles anew past this number, so it is asked where it can matter.
-        "few_queries": query.is_cuda and problem.cu_seqlens_q is None and query.shape[2] <= FEW_QUERIES,
     }
     uses = tuple(name for name, used in present.items() if used)
     head_dim = len(range(query.shape[-1]))  # a plain int: tracing with dynamic shapes makes it a constant, unlike int()
-    return Facts(query.device.type, query.dtype, head_dim, uses, query.device.index or 0)
+    # Tracing with dynamic shapes compiles anew past this number, so it is asked where it can matter.
+    few = query.is_cuda and problem.cu_seqlens_q is None and query.shape[2] <= FEW_QUERIES
+    return Facts(query.device.type, query.dtype, head_dim, uses, query.device.index or 0, few)
 
 
 def choose(
-    backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: tuple[str, ...], device_index: int = 0
-) -> str:
+    backend: str, device: str, dtype: torch.dtype, head_dim: int, uses: tuple[str, ...], device_index: int = 0,
+    few_queries: bool = False,
+) -> str:  # fmt: skip
     """The name of the backend that runs a call with these facts.
 
     "auto" never runs Triton on CPU tensors: its interpreter there is for tests, which ask for it by name.
@@ -90,7 +91,7 @@ def choose(
         backend, source = os.environ["PREFIX_FAST_BACKEND"], "the environment variable PREFIX_FAST_BACKEND"
     if backend not in NAMES:
         raise ValueError(f"prefix_fast: expected {source} to be one of {', '.join(NAMES)}, got {backend!r}")
-    facts = Facts(device, dtype, head_dim, uses, device_index)
+    facts = Facts(device, dtype, head_dim, uses, device_index, few_queries)
     candidates: tuple[str, ...] = (backend,)
     if backend == "auto":
         candidates = tuple(name for name in _ordered(facts) if name != "triton" or device != "cpu")
@@ -99,11 +100,10 @@ def choose(
         reasons[name] = unsupported_reasons(name, facts)
         if not reasons[name]:
             return name
-    shown = [use for use in uses if use != "few_queries"]
     listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
     raise NotImplementedError(
         f"prefix_fast: expected a call that {source}={backend!r} can run, got {dtype} on {device} with head dim "
-        f"{head_dim} and {', '.join(shown) or 'no special argument'}. {listed}. Pass backend='auto' for another"
+        f"{head_dim} and {', '.join(uses) or 'no special argument'}. {listed}. Pass backend='auto' for another"
     )
 
 

@@ -126,7 +126,7 @@ def run_cuda(device: torch.device, facts: Facts, *, renew: bool = False) -> str 
     Returns:
         What is known then: "" where they are right; None where they cannot run, or memory or disk ran out.
     """
-    if facts.device != "cuda" or cuda.availability() is not None or torch.version.hip is not None:
+    if cuda.availability() is not None:
         return None
     index, kind = facts.device_index, cuda.kind_of_facts(facts)
     verdict = cuda_vetting.verdict_of(index, kind)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ from prefix_fast.backends.problem import Facts
 from prefix_fast.testing import Case
 
 KIND = cuda.kind_of_facts(HALF)
-FEW = HALF._replace(uses=("few_queries",))
+FEW = HALF._replace(few_queries=True)
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def test_what_is_known_of_one_card_driver_or_build_says_nothing_of_another(both,
 def test_a_damaged_record_is_no_record(both, text):
     cuda_vetting.record_verdict(0, KIND, None)
     cuda_vetting.record_times(0, "few queries", triton=1e-5, cuda=2e-5)
-    for file in (Path(cuda_vetting.cache_folder()) / "selfcheck").rglob("*.json"):
+    for file in (triton_vetting.cache_folder() / "selfcheck").rglob("*.json"):
         file.write_text(text)
     forget()
     assert cuda_vetting.verdict_of(0, KIND) is None

@@ -113,12 +113,10 @@ def kind_of_facts(facts: Facts) -> Kind:
 
 
 def is_preferred(facts: Facts) -> bool:
-    """Whether "auto" takes these kernels before Triton's: they were found right, are faster, and can run the call."""
-    if facts.device != "cuda" or facts.dtype not in DTYPES or torch.version.hip is not None:
+    """Whether "auto" tries these kernels before Triton's for CUDA tensors: they were found right, and are faster."""
+    if facts.dtype not in DTYPES:
         return False
-    few = "few_queries" in facts.uses
-    preferred = cuda_vetting.is_preferred(facts.device_index, kind_of_facts(facts), few)
-    return preferred and availability() is None and not unsupported_reasons(facts)
+    return cuda_vetting.is_preferred(facts.device_index, kind_of_facts(facts), facts.few_queries)
 
 
 @functools.cache

@@ -20,8 +20,7 @@ import torch
 from prefix_fast.backends import triton_cost
 from prefix_fast.backends.shapes import Shape
 from prefix_fast.backends.triton_config import device_of, tiles_for
-from prefix_fast.backends.triton_vetting import Kind, cache_folder, driver_of
-from prefix_fast.files import replace_files
+from prefix_fast.backends.triton_vetting import Kind, driver_of, record_file, write_record
 
 MODULE = "prefix_fast._native_cuda"
 FEW_QUERIES = 8  # of a row: decode and verification
@@ -74,7 +73,7 @@ def forget_verdict(index: int, kind: Kind) -> None:
 def times_of(index: int, work: str) -> Times:
     """Of both kernels on this card: those on record, else those predicted."""
     if (index, work) not in _times:
-        found = _read(index, f"cuda-times-{work.replace(' ', '-')}")
+        found = _read(index, f"cuda-times-{work}")
         right = isinstance(found, list) and len(found) == 2 and all(isinstance(s, float) and s > 0 for s in found)
         _times[index, work] = Times(found[0], found[1], True) if right else predicted(index, work)
     return _times[index, work]
@@ -83,7 +82,7 @@ def times_of(index: int, work: str) -> Times:
 def record_times(index: int, work: str, triton: float, cuda: float) -> None:
     """Keep what both took on this card."""
     _times[index, work] = Times(triton, cuda, True)
-    _write(index, f"cuda-times-{work.replace(' ', '-')}", [triton, cuda])
+    _write(index, f"cuda-times-{work}", [triton, cuda])
 
 
 def predicted(index: int, work: str) -> Times:
@@ -128,28 +127,18 @@ def environment_of(index: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _file(index: int, name: str) -> Path:
-    folder = hashlib.sha256(json.dumps(environment_of(index)).encode()).hexdigest()[:16]
-    return cache_folder() / "selfcheck" / folder / f"{name}.json"
-
-
 def _read(index: int, name: str) -> Any:
     """What is on disk; None where there is nothing, or it is damaged or about something else."""
     try:
-        entry = json.loads(_file(index, name).read_bytes())
+        entry = json.loads(record_file(environment_of(index), name).read_bytes())
         return entry["found"] if entry["environment"] == environment_of(index) else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: no home folder, deep nesting
         return None
 
 
 def _write(index: int, name: str, found: Any) -> None:
-    entry = {"environment": environment_of(index), "found": found}
-    try:
-        file = _file(index, name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_files(file.parent, {file.name: json.dumps(entry).encode()})
-    except (OSError, RuntimeError):  # it lasts for this process
-        pass
+    environment = environment_of(index)
+    write_record(environment, name, {"environment": environment, "found": found})
 
 
 def _hash_of_extension() -> str:

@@ -114,6 +114,7 @@ class Facts(NamedTuple):
     head_dim: int
     uses: tuple[str, ...]  # of: softcap, window, sinks, segment_bias, dropout, packed, mixed_prefix, many_sets
     device_index: int = 0  # among those of its type
+    few_queries: bool = False  # of a row; asked of CUDA tensors alone
 
 
 def check_values(problem: Problem) -> None:

@@ -160,19 +160,30 @@ def record(
     _verdicts[environment, configuration] = verdict
     _tiles.clear()
     _refusals.clear()
+    write_record(environment, str(configuration), _entry(environment, configuration, verdict))
+    return verdict
+
+
+def record_file(environment: Any, name: str) -> Path:
+    """Where what is known under a name in an environment, which JSON can write, lies."""
+    folder = hashlib.sha256(json.dumps(environment).encode()).hexdigest()[:16]
+    return cache_folder() / "selfcheck" / folder / f"{name}.json"
+
+
+def write_record(environment: Any, name: str, entry: dict[str, Any]) -> None:
+    """Write it there; warns once where that cannot be."""
     try:
-        file = _file(environment, configuration)
+        file = record_file(environment, name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_files(file.parent, {file.name: json.dumps(_entry(environment, configuration, verdict)).encode()})
+        replace_files(file.parent, {file.name: json.dumps(entry).encode()})
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         if "unwritable" not in _warned:
             _warned.add("unwritable")
             warnings.warn(
                 f"prefix_fast: expected to keep the results of the self-check in the cache folder, got {error}; they "
                 "last for this process: set PREFIX_FAST_CACHE to a folder that can be written",
-                stacklevel=3,
+                stacklevel=4,
             )
-    return verdict
 
 
 def cache_folder() -> Path:
@@ -252,11 +263,6 @@ def choices(index: int | None, configuration: Configuration) -> tuple[Tile, ...]
     return table, safe, *(tile for tile in near if tile != safe)
 
 
-def _file(environment: Environment, configuration: Configuration) -> Path:
-    folder = hashlib.sha256(json.dumps(environment).encode()).hexdigest()[:16]
-    return cache_folder() / "selfcheck" / folder / f"{configuration}.json"
-
-
 def _entry(environment: Environment, configuration: Configuration, verdict: Verdict) -> dict[str, Any]:
     tiles = {"tile": list(verdict.tile), "safe_tile": list(verdict.safe_tile)}
     tuned = None if verdict.tuned is None else list(verdict.tuned)
@@ -267,7 +273,7 @@ def _entry(environment: Environment, configuration: Configuration, verdict: Verd
 def _read(environment: Environment, configuration: Configuration, tiles: tuple[Tile, ...]) -> Verdict | None:
     """The verdict on disk; None where there is none, or the file is damaged or about something else."""
     try:
-        entry = json.loads(_file(environment, configuration).read_bytes())
+        entry = json.loads(record_file(environment, str(configuration)).read_bytes())
         tuned = None if entry["tuned"] is None else tiles[tiles.index(tuple(entry["tuned"]))]
         verdict = Verdict(tiles[0], tiles[1], entry["failure"], entry["safe_failure"], tuned)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: no home folder, deep nesting
