@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,10 +95,14 @@ def cache_folder() -> Path:
     return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "prefix_fast" / "cuda"
 
 
+def codes_for(architectures: Sequence[int]) -> str:
+    """nvcc's -gencode: one intermediate code serves all, as the kernels use nothing that came after the oldest."""
+    return f"arch=compute_{OLDEST},code=[{','.join(f'sm_{a}' for a in architectures)}]"
+
+
 def ninja_rules(toolkit: Toolkit, csrc: Path, architectures: tuple[int, ...], pybind11: str) -> list[str]:
     """The variables and rules that `ninja_statements` uses."""
-    # One intermediate code serves all: the kernels use nothing that came after the oldest.
-    codes = f"-gencode arch=compute_{OLDEST},code=[{','.join(f'sm_{a}' for a in architectures)}]"
+    codes = f"-gencode {codes_for(architectures)}"
     host = [*HOST_FLAGS, f"-I{csrc}", f"-I{pybind11}", f"-I{sysconfig.get_paths()['include']}"]
     host += [f"-DPREFIX_FAST_MODULE={MODULE}"]
     host += [f"-DPREFIX_FAST_CUDA_ARCHITECTURES={'_'.join(map(str, architectures))}"]

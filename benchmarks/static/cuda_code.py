@@ -6,6 +6,7 @@ takes it apart.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import subprocess
@@ -14,16 +15,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from machine_code import Instruction, is_matrix, is_multiply_add, is_spill, natural_loops, parse_sass
-from triton import knobs
+from machine_code import (
+    Instruction,
+    cuobjdump,
+    holding_loops,
+    innermost,
+    matrix_loops,
+    natural_loops,
+    parse_sass,
+    spills_of,
+    usage_of,
+)
 
-from prefix_fast.cuda_build import FLAGS, KERNELS, TYPES, Toolkit
+from prefix_fast.cuda_build import FLAGS, KERNELS, TYPES, Toolkit, codes_for
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HALF = ("fp16", "bf16")
 UNITS = tuple((kernel, kind) for kernel in KERNELS for kind in TYPES if kernel != "short_prefix" or kind in HALF)
-_TEMPLATE = re.compile(r"\d+(?P<name>[a-z_]+)_kernelI(?P<shape>.*?(?:Li(?P<D>\d+)E)?.*?)(?P<flags>(?:Lb[01]E)*)EEv")
+_TEMPLATE = re.compile(r"\d+(?P<name>[a-z_]+)_kernelI(?P<shape>.*?)(?P<flags>(?:Lb[01]E)*)EEv")
+_THREADS = re.compile(  # of a block, by symbol
+    r"\.nv\.info\.(_Z\S+)\n(?:(?!\.nv\.info\.).*\n)*?.*EIATTR_MAX_THREADS\n.*\n.*Value:\s*(0x[0-9a-f]+)"
+)
 
 
 class Kernel(NamedTuple):
@@ -51,9 +64,8 @@ class Code(NamedTuple):
 
 def compile_unit(toolkit: Toolkit, kernel: str, kind: str, architectures: Sequence[int], target: Path) -> None:
     """Compile a source for a type of products and write the fat binary; CalledProcessError with nvcc's messages."""
-    codes = f"arch=compute_{architectures[0]},code=[{','.join(f'sm_{a}' for a in architectures)}]"
-    command = [toolkit.nvcc, *FLAGS, "-gencode", codes, "-I", SOURCES, f"-DPREFIX_FAST_TYPE={kind}", "-fatbin",
-               SOURCES / f"{kernel}.cu", "-o", target]  # fmt: skip
+    command = [toolkit.nvcc, *FLAGS, "-gencode", codes_for(architectures), "-I", SOURCES, f"-DPREFIX_FAST_TYPE={kind}",
+               "-fatbin", SOURCES / f"{kernel}.cu", "-o", target]  # fmt: skip
     subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
 
 
@@ -66,29 +78,17 @@ def codes_of(toolkit: Toolkit, kernel: str, kind: str, architectures: Sequence[i
 
 
 def _codes(binary: Path, architecture: int, kind: str) -> dict[Kernel, Code]:
-    def dump(option: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, "-arch", f"sm_{architecture}", option, str(binary)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
+    dump = functools.partial(cuobjdump, binary, "-arch", f"sm_{architecture}")
     usage = dict(re.findall(r"Function (\S+?):\s*\n\s*(REG:.*)", dump("-res-usage")))
-    threads = {
-        symbol: int(size, 16)
-        for symbol, size in re.findall(
-            r"\.nv\.info\.(_Z\S+)\n(?:(?!\.nv\.info\.).*\n)*?.*EIATTR_MAX_THREADS\n.*\n.*Value:\s*(0x[0-9a-f]+)",
-            dump("-elf"),
-        )
-    }
+    threads = dict(_THREADS.findall(dump("-elf")))
     found = {}
     for part in dump("-sass").split("Function : ")[1:]:
         symbol = part.split()[0]
-        kernel = kernel_of(symbol)
-        registers, stack = (int(re.search(rf"{name}:(\d+)", usage[symbol])[1]) for name in ("REG", "STACK"))
-        program = parse_sass(part)
+        kernel, program = kernel_of(symbol), parse_sass(part)
         bodies = natural_loops(program)
-        looping = set().union(*bodies)
         turns = kernel.head_dim // 4 if kind == "fp32" else 1
         found[kernel] = Code(
-            registers, stack, sum(map(is_spill, program)), sum(is_spill(program[i]) for i in looping), threads[symbol],
+            *usage_of(usage[symbol]), *spills_of(program, bodies), int(threads[symbol], 16),
             tuple(tile_loops(program, bodies, turns)),
         )  # fmt: skip
     return found
@@ -106,20 +106,15 @@ def kernel_of(symbol: str) -> Kernel:
 
 def tile_loops(program: Sequence[Instruction], bodies: list[frozenset[int]], turns: int) -> list[tuple[int, int]]:
     """Instructions and products of one turn of each loop over tiles; loops of products alone within it have `turns`."""
-    counted = is_matrix if any(map(is_matrix, program)) else is_multiply_add
-    holding = [body for body in bodies if any(counted(program[i]) for i in body)]
-    inner = [body for body in holding if not any(other < body for other in holding)]
     if turns == 1:
-        return [(len(body), sum(counted(program[i]) for i in body)) for body in inner]
-    around = [body for body in holding if body not in inner]
+        return [(loop.instructions, loop.matrix) for loop in matrix_loops(program, bodies)]
+    counted, holding = holding_loops(program, bodies)
+    inner = innermost(holding)
     loops = []
-    for body in around:
-        if any(other < body for other in around):
-            continue
-        within = [other for other in inner if other < body]
-        sizes = [len(body) + (turns - 1) * sum(map(len, within))]
-        sizes.append(sum((turns if any(i in o for o in within) else 1) * counted(program[i]) for i in body))
-        loops.append((sizes[0], sizes[1]))
+    for body in innermost([body for body in holding if body not in inner]):
+        within = set().union(*(other for other in inner if other < body))
+        products = sum((turns if i in within else 1) * counted(program[i]) for i in body)
+        loops.append((len(body) + (turns - 1) * len(within), products))
     return loops
 
 

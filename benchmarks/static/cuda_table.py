@@ -170,16 +170,10 @@ def release_of(toolkit: Toolkit) -> str:
 def regenerate(toolkit: Toolkit) -> Iterator[tuple[str, str, list[Row]]]:
     """Bring the table up to date; yields source, type and rows as they are compiled. Others are kept."""
     release, old = load()
-    rows: dict[Key, Row] = {}
-    kept: dict[str, list[Row]] = {}
-    if release == release_of(toolkit):
-        for row in old.values():
-            kept.setdefault(row.fingerprint, []).append(row)
-    stale = []
-    for unit in UNITS:
-        rows |= {row.key: row for row in kept.get(fingerprint(*unit), [])}
-        if fingerprint(*unit) not in kept:
-            stale.append(unit)
+    marks = {fingerprint(*unit): unit for unit in UNITS}
+    rows = {key: row for key, row in old.items() if release == release_of(toolkit) and row.fingerprint in marks}
+    kept = {row.fingerprint for row in rows.values()}
+    stale = [unit for mark, unit in marks.items() if mark not in kept]
     with ThreadPoolExecutor(2) as pool:
         for unit, found in zip(stale, pool.map(lambda unit: list(rows_of(toolkit, *unit)), stale), strict=True):
             rows |= {row.key: row for row in found}

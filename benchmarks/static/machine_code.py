@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from triton import knobs
@@ -57,28 +58,39 @@ class Code:
 def analyse(kernel: CompiledKernel, products: bool) -> Code:
     """The figures of a compiled kernel. One without products and without a stack has no loop or spill to be found."""
     if "cubin" in kernel.asm:
-        usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
-        registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-        program = parse_sass(_cuobjdump(kernel.asm["cubin"], "-sass")) if products or stack else []
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            registers, stack = usage_of(cuobjdump(file.name, "-res-usage"))
+            program = parse_sass(cuobjdump(file.name, "-sass")) if products or stack else []
     else:
         listing = kernel.asm["amdgcn"]
         program = parse_amd(listing)
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1])
         stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", listing)[1])
     bodies = natural_loops(program) if program else []
-    looping = set().union(*bodies)
     return Code(
-        registers, stack, sum(map(is_spill, program)), sum(is_spill(program[i]) for i in looping),
-        sum(map(is_matrix, program)), tuple(matrix_loops(program, bodies)),
+        registers, stack, *spills_of(program, bodies), sum(map(is_matrix, program)),
+        tuple(matrix_loops(program, bodies)),
     )  # fmt: skip
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def cuobjdump(file: str | Path, *options: str) -> str:
+    """What the cuobjdump that Triton ships says about a binary."""
+    command = [knobs.nvidia.cuobjdump.path, *options, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def usage_of(text: str) -> tuple[int, int]:
+    """(registers, bytes of stack) of the first kernel of a listing of resources."""
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return registers, stack
+
+
+def spills_of(program: Sequence[Instruction], bodies: list[frozenset[int]]) -> tuple[int, int]:
+    """Local loads and stores, and those of them in loops."""
+    looping = set().union(*bodies)
+    return sum(map(is_spill, program)), sum(is_spill(program[i]) for i in looping)
 
 
 def parse_sass(listing: str) -> list[Instruction]:
@@ -212,11 +224,22 @@ def _dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[in
 
 def matrix_loops(program: Sequence[Instruction], bodies: list[frozenset[int]]) -> list[Loop]:
     """The innermost loops among those that hold matrix instructions; fused multiply-adds in a program without any."""
-    counted = is_matrix if any(map(is_matrix, program)) else is_multiply_add
-    holding = [body for body in bodies if any(counted(program[i]) for i in body)]
+    counted, holding = holding_loops(program, bodies)
     loops = []
-    for body in holding:
-        if not any(other < body for other in holding):
-            matrix = [program[i] for i in body if counted(program[i])]
-            loops.append(Loop(len(body), len(matrix), sum(map(work_of, matrix))))
+    for body in innermost(holding):
+        matrix = [program[i] for i in body if counted(program[i])]
+        loops.append(Loop(len(body), len(matrix), sum(map(work_of, matrix))))
     return loops
+
+
+def holding_loops(
+    program: Sequence[Instruction], bodies: list[frozenset[int]]
+) -> tuple[Callable[[Instruction], bool], list[frozenset[int]]]:
+    """What counts as a product in a program, and the loops that hold some."""
+    counted = is_matrix if any(map(is_matrix, program)) else is_multiply_add
+    return counted, [body for body in bodies if any(counted(program[i]) for i in body)]
+
+
+def innermost(bodies: list[frozenset[int]]) -> list[frozenset[int]]:
+    """Those that hold no other."""
+    return [body for body in bodies if not any(other < body for other in bodies)]

@@ -94,18 +94,8 @@ def write_rows(path: Path, head: dict[str, str], rows: Sequence[Any]) -> None:
 
 def markdown(rows: list[Row]) -> list[str]:
     """A section for each architecture."""
-    columns = (
-        "call",
-        "kernel",
-        "tile",
-        "registers",
-        "stack",
-        "spills (in loops)",
-        "shared",
-        "occupancy",
-        "loops",
-        "faults",
-    )
+    columns = ("call", "kernel", "tile", "registers", "stack", "spills (in loops)", "shared", "occupancy", "loops",
+               "faults")  # fmt: skip
     sections = {target: [line_of(row) for row in rows if row.architecture == target] for target in TARGETS}
     return document("Machine code of the Triton kernels", PREFACE.format(triton.__version__), columns, sections)
 
