@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from prefix_fast import kept
 from prefix_fast.backends.problem import Grads, Plan, Problem, SegmentSet, check_values
@@ -47,25 +47,34 @@ _LIBRARY.define(
 
 def segment_attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Run the operator on the backend of that name. Returns out in query's layout and dtype, and lse."""
-    if _dispatches_nothing(problem):
-        return _run_forward(problem, backend)
-    return torch.ops.prefix_fast.segment_attention(*_to_arguments(problem, backend))
+    if not _dispatches_nothing(_tensors(problem)):
+        return torch.ops.prefix_fast.segment_attention(*_to_arguments(problem, backend))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _tensors(problem)):
+        leaves, sizes = _flatten(_to_arguments(problem, backend))
+        return _SegmentAttention.apply(problem, sizes, *leaves)
+    return _run_forward(problem, backend)
 
 
-def _dispatches_nothing(problem: Problem) -> bool:
-    """Whether PyTorch's dispatcher would only call the kernel, as when decoding: it takes longer than short calls do.
+def _dispatches_nothing(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether PyTorch's dispatcher would only call the kernel, which takes it longer than short calls do.
 
-    It is needed for gradients, tracing, modes and profilers, and for subclasses of Tensor.
+    It is needed for tracing, modes and profilers, for meta tensors, and for subclasses of Tensor.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
         return False
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     if modes or torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
+    plain = (Tensor, torch.nn.Parameter)
+    return all(tensor is None or (type(tensor) in plain and not tensor.is_meta) for tensor in tensors)
+
+
+def _tensors(problem: Problem) -> list[Tensor | None]:
+    """The call's floating-point tensors, and its masks."""
     tensors = [problem.query, problem.key, problem.value, problem.key_mask, problem.attn_bias]
     for segments in problem.sets:
         tensors += [segments.key, segments.value, segments.bias]
-    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return tensors
 
 
 @functools.cache
@@ -155,23 +164,42 @@ def _backward_fake(*args: Any) -> list[Tensor]:
     return [grad for grad in _empty_grads(args, args[-1]) if grad is not None]
 
 
+def _flatten(args: tuple[Any, ...]) -> tuple[list[Any], tuple[int | None, ...]]:
+    """The operator's arguments without lists, which autograd does not look into, and the lists' lengths."""
+    leaves: list[Any] = []
+    for arg in args:
+        leaves.extend(arg) if isinstance(arg, list) else leaves.append(arg)
+    return leaves, tuple(len(arg) if isinstance(arg, list) else None for arg in args)
+
+
+def _unflatten(leaves: Sequence[Any], sizes: tuple[int | None, ...]) -> list[Any]:
+    args, at = [], 0
+    for size in sizes:
+        args.append(leaves[at] if size is None else list(leaves[at : at + size]))
+        at += 1 if size is None else size
+    return args
+
+
 class _SegmentAttention(torch.autograd.Function):
-    """The operator's derivative. `leaves` are all arguments, flattened by `spec`, because autograd sees no lists."""
+    """The operator's derivative. `leaves` are all arguments, flattened, and `problem` the same without a dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, spec: TreeSpec, *leaves: Any) -> tuple[Tensor, Tensor]:
-        args = tree_unflatten(list(leaves), spec)
+    def forward(
+        ctx: Any, problem: Problem | None, sizes: tuple[int | None, ...], *leaves: Any
+    ) -> tuple[Tensor, Tensor]:
         run = kept.current()
         results = run.region.take() if run is not None and run.again else None
-        if results is None:
+        if results is None and problem is not None:
+            results = _run_forward(problem, leaves[-1])
+        elif results is None:
             with torch._C._AutoDispatchBelowAutograd():
-                results = torch.ops.prefix_fast.segment_attention(*args)
+                results = torch.ops.prefix_fast.segment_attention(*_unflatten(leaves, sizes))
         out, lse = results
         if run is not None and not run.again:
             run.region.keep(out, lse)
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.spec, ctx.others = spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.sizes, ctx.others = sizes, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -179,21 +207,24 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         leaves = [o if t is None else t for t, o in zip(tensors, ctx.others, strict=True)]
-        args = tree_unflatten(leaves, ctx.spec)
-        inputs = tree_flatten(args[:5])[0]  # query, key, value, segment keys, segment values
-        wanted = list(ctx.needs_input_grad[1 : 1 + len(inputs)])
+        args = _unflatten(leaves, ctx.sizes)
+        inputs = leaves[: 3 + 2 * len(args[3])]  # query, key, value, segment keys, segment values
+        wanted = list(ctx.needs_input_grad[2 : 2 + len(inputs)])
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        results = (out, lse, grad_out, grad_lse)
         if torch.is_grad_enabled() and args[-1] == "reference":
             chosen = [t for t, want in zip(inputs, wanted, strict=True) if want]
             grads = load_backend("reference").gradients(
                 _to_problem(*args[:-1]), chosen, grad_out, grad_lse, create_graph=True
             )
+        elif not torch.is_grad_enabled() and _dispatches_nothing((*tensors, *results)):
+            grads = _backward(*args, *results, wanted)
         else:
-            grads = torch.ops.prefix_fast.segment_attention_backward(*args, out, lse, grad_out, grad_lse, wanted)
+            grads = torch.ops.prefix_fast.segment_attention_backward(*args, *results, wanted)
         remaining = iter(grads)
         aligned = [next(remaining) if want else None for want in wanted]
-        return (None, *aligned, *[None] * (len(leaves) - len(inputs)))
+        return (None, None, *aligned, *[None] * (len(leaves) - len(inputs)))
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -213,9 +244,9 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 def _forward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled():
-        leaves, spec = tree_flatten(args)
+        leaves, sizes = _flatten(args)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            return _SegmentAttention.apply(spec, *leaves)
+            return _SegmentAttention.apply(None, sizes, *leaves)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.prefix_fast.segment_attention(*args)
 
@@ -224,7 +255,7 @@ def _backward_autograd(keyset: Any, *args: Any) -> list[Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.prefix_fast.segment_attention_backward(*args)
     if torch.is_grad_enabled():
-        sources = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor) and x.requires_grad]
+        sources = [x for x in _flatten(args)[0] if isinstance(x, Tensor) and x.requires_grad]
         if sources:
             return list(_OnceDifferentiable.apply(len(grads), *grads, *sources))
     return grads

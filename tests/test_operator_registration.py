@@ -166,11 +166,16 @@ class Wrapped(torch.Tensor):
     """A subclass that changes nothing."""
 
 
+def goes_past_the_dispatcher(problem):
+    return ops._dispatches_nothing(ops._tensors(problem))
+
+
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
-def test_calls_without_grad_give_the_bits_of_the_dispatcher_and_are_seen_by_whoever_looks(case):
+@pytest.mark.parametrize("record", [False, True], ids=["no_grad", "grad"])
+def test_plain_calls_give_the_bits_of_the_dispatcher_and_are_seen_by_whoever_looks(case, record):
     problem, name = make_problem(case), "prefix_fast::segment_attention"
-    with torch.no_grad():
-        assert ops._dispatches_nothing(problem)
+    with torch.set_grad_enabled(record):
+        assert goes_past_the_dispatcher(problem)
         found = ops.segment_attention(problem, "cpu")
         expected = torch.ops.prefix_fast.segment_attention(*ops._to_arguments(problem, "cpu"))
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
@@ -180,5 +185,39 @@ def test_calls_without_grad_give_the_bits_of_the_dispatcher_and_are_seen_by_whoe
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             ops.segment_attention(problem, "cpu")
         assert name in {event.key for event in profile.key_averages()}
-        assert not ops._dispatches_nothing(replace(problem, key=problem.key.as_subclass(Wrapped)))
-    assert not ops._dispatches_nothing(problem)
+        assert not goes_past_the_dispatcher(replace(problem, key=problem.key.as_subclass(Wrapped)))
+        assert not goes_past_the_dispatcher(replace(problem, query=problem.query.to("meta")))
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_plain_gradients_are_those_of_the_dispatcher_and_are_seen_by_whoever_looks(case):
+    problem = make_problem(case)
+    inputs = [problem.query, problem.key, problem.value]
+    inputs += [t for s in problem.sets for t in (s.key, s.value)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    found = ops.segment_attention(problem, "cpu")
+    expected = torch.ops.prefix_fast.segment_attention(*ops._to_arguments(problem, "cpu"))
+    grad_out = torch.randn_like(found[0])
+    of_plain, of_dispatcher = (
+        torch.autograd.grad(out, inputs, grad_out, retain_graph=True) for out, _ in (found, expected)
+    )
+    assert all(torch.equal(*pair) for pair in zip(of_plain, of_dispatcher, strict=True))
+    with Seen() as seen:
+        torch.autograd.grad(found[0], inputs, grad_out)
+    assert "prefix_fast::segment_attention_backward" in seen.names
+
+
+def test_whoever_moves_saved_tensors_sees_those_of_a_plain_call():
+    inputs, saved = leaves(), []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return len(saved) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda at: saved[at].clone()):
+        out = prefix_fast.prefix_attention(*inputs)
+    assert {t.data_ptr() for t in (*inputs, out)} <= {t.data_ptr() for t in saved}
+    found = torch.autograd.grad(out.sum(), inputs)
+    expected = torch.autograd.grad(prefix_fast.prefix_attention(*inputs).sum(), inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
