@@ -1,8 +1,9 @@
-"""Patched models under DDP, FSDP2 and torch.compile: only the prefix travels, and the numbers are one process's."""
+"""Patched models under DDP, FSDP2, ZeRO-3, torch.compile: only the prefix travels, the numbers are one process's."""
 
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,18 +15,25 @@ from prefix_fast.models import linears
 FAMILIES = ("gpt2", "llama")
 
 
-@pytest.fixture(scope="module")
-def printed(root):
-    """What two gloo processes found, by family and engine: `engine_processes.py` runs all of them at once."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PREFIX_FAST_LINEARS": "onednn"}
+def run_processes(root, *engines):
+    """What two gloo processes print about every family under these engines."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PREFIX_FAST_LINEARS": "onednn",
+        "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
     # With -m and without -P the working directory would be on sys.path: there `kernels` is another package.
     command = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, *command, str(root / "tests" / "engine_processes.py")],
-        env=environment, cwd=root, capture_output=True, text=True, timeout=120,
+        [sys.executable, *command, str(root / "tests" / "engine_processes.py"), *engines],
+        env=environment, cwd=root, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def printed(root):
+    return run_processes(root, "ddp", "fsdp2")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -38,6 +46,15 @@ def test_two_processes_equal_one_on_the_joined_batch(family, engine, printed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_gradients_of_the_prefix_travel(family, engine, printed):
     assert f"{family} {engine}: only the prefix travelled" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed, which is compiled against torch")
+def test_zero3_equals_one_process_and_only_the_prefix_travels(root):
+    printed = run_processes(root, "zero3")
+    for family in FAMILIES:
+        assert f"{family} zero3: losses and gradients of one process" in printed
+        assert f"{family} zero3: only the prefix travelled" in printed
 
 
 @pytest.fixture
