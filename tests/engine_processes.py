@@ -21,6 +21,7 @@ from models_zoo import assert_close, make_batch, make_model, make_prefix
 
 from prefix_fast import patch
 from prefix_fast.models import linears
+from prefix_fast.models.outputs import Deferred
 
 STEPS, ROWS, TOKENS = 3, 4, 9
 REDUCTIONS = ("reduce_scatter_single", "reduce_scatter_tensor")
@@ -70,8 +71,10 @@ def train(
     frozen = [parameter for name, parameter in model.named_parameters() if not name.startswith("prefix.")]
     results = []
     for batch in data:
-        loss = engine(**batch).loss
+        output = engine(**batch)
+        loss = output.loss
         backward(loss)
+        assert isinstance(vars(output)["logits"], Deferred)  # no engine has read them
         assert all(parameter.grad is None for parameter in frozen)
         results += [loss.detach(), *(gradient(parameter) for parameter in prefix)]
         optimizer.step()

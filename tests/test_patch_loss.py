@@ -83,6 +83,16 @@ def test_mixed_precision_through_accelerate_reads_no_logits(watched):
     assert_close(out.logits[batch.computed()], expected[batch.computed()], 0.03)
 
 
+def test_casting_outputs_as_fsdp_does_reads_no_logits(watched):
+    from torch.distributed.utils import _apply_to_tensors
+
+    model, batch, seen = watched
+    out = _apply_to_tensors(lambda tensor: tensor.double(), model(**batch.arguments()))
+    assert out.loss.dtype == torch.float64 and seen == [labelled(batch)]
+    expected = model.eval()(**batch.arguments()).logits
+    assert_close(out.logits[batch.computed()], expected[batch.computed()], 1e-5)
+
+
 def test_logits_read_outside_autocast():
     model, batch = patch(make_model("llama"), 5).train(), make_batch("left")
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -280,7 +280,7 @@ def fused_forward(model: Any, plan: LossPlan, arguments: dict[str, Any], state: 
         with draws.again():
             return plan.logits(model, whole.unpack(_run_base(model, plan, rest, whole, None).last_hidden_state))
 
-    return lazy_output(plan.output_class, logits, dtype, loss=loss, **fields)
+    return lazy_output(model, plan.output_class, logits, dtype, loss=loss, **fields)
 
 
 def _run_base(

@@ -2,6 +2,8 @@
 
 Attribute, key, index, `to_tuple` and `dict` give the tensor. `items` and `values` give a stand-in until then, because
 accelerate rebuilds every output of a mixed-precision step from its items, with `float()` on each half-precision one.
+FSDP looks for tensors in the fields of dataclasses and in the values of dicts: to it an output is a dict alone.
+ZeRO-3 reads whatever `keys` names, in each forward: of a model that it has sharded, `keys` leaves out what is deferred.
 """
 
 from __future__ import annotations
@@ -97,12 +99,15 @@ for _name in _OPERATORS:
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def lazy_output(output_class: type, compute: Callable[[], Tensor], dtype: torch.dtype, **fields: Any) -> Any:
+def lazy_output(
+    model: Any, output_class: type, compute: Callable[[], Tensor], dtype: torch.dtype, **fields: Any
+) -> Any:
     """An output of (a subclass of) `output_class` with deferred logits.
 
     Gradient mode and autocast are those of now, not of the moment of reading.
 
     Args:
+        model: whose output it is.
         output_class: of transformers, with a field `logits`.
         compute: gives the logits; dtype: theirs.
         fields: the other fields, the loss among them; each may be `Deferred`.
@@ -115,36 +120,67 @@ def lazy_output(output_class: type, compute: Callable[[], Tensor], dtype: torch.
         with torch.set_grad_enabled(grad), torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
             return compute()
 
-    return _lazy_class(output_class)(**fields, logits=DeferredLogits(run, dtype))
+    output = _lazy_class(output_class)(**fields, logits=DeferredLogits(run, dtype))
+    output.__dict__["_hides"] = any(hasattr(parameter, _SHARDED) for parameter in model.parameters())
+    return output
+
+
+_FIELDS = "__dataclass_fields__"  # by which a dataclass is known
+_SHARDED = "ds_id"  # by which ZeRO-3 knows its parameters
+
+
+class _NoDataclass(type):
+    """Of a class whose base is a dataclass, and which does not look like one."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        if name == _FIELDS:
+            raise AttributeError(name)
+        return super().__getattribute__(name)
 
 
 @functools.cache
 def _lazy_class(output_class: Any) -> Any:
-    class LazyOutput(output_class):
+    names = tuple(output_class.__dataclass_fields__)
+
+    class LazyOutput(output_class, metaclass=_NoDataclass):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)  # which asks for its fields
+            self.__dict__["_made"] = True
+
         def _read(self, name: Any) -> None:
             held = self.__dict__.get(name)
             if isinstance(held, Deferred):
                 self[name] = held.value()
 
         def __getattribute__(self, name: str) -> Any:
-            if name in output_class.__dataclass_fields__:
+            if name in names:
                 self._read(name)
+            elif name == _FIELDS and "_made" in self.__dict__:
+                raise AttributeError(name)
             return super().__getattribute__(name)
 
         def __getitem__(self, key: Any) -> Any:
             if isinstance(key, int):
-                key = tuple(self.keys())[key]
+                key = tuple(self)[key]
             if isinstance(key, str):
                 self._read(key)
                 return dict.__getitem__(self, key)
             return self.to_tuple()[key]
+
+        def keys(self) -> Any:
+            if not self.__dict__.get("_hides", False):
+                return super().keys()
+            return [key for key, held in self.items() if not isinstance(held, Deferred)]
+
+        def to_tuple(self) -> tuple:
+            return tuple(self[key] for key in tuple(self))
 
         def get(self, key: Any, default: Any = None) -> Any:
             self._read(key)
             return super().get(key, default)
 
         def __reduce__(self) -> Any:
-            return output_class, tuple(getattr(self, name) for name in self.__dataclass_fields__)
+            return output_class, tuple(getattr(self, name) for name in names)
 
     LazyOutput.__name__ = LazyOutput.__qualname__ = output_class.__name__
     LazyOutput.__module__ = output_class.__module__

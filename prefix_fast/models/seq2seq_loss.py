@@ -160,4 +160,4 @@ def fused_seq2seq_forward(model: Any, plan: Seq2SeqPlan, forward: Callable, argu
     fields = {name: value for name, value in output.items() if name != "logits"}
     if frozen is not None:
         fields["loss"] = frozen.loss(seen[0], labels.to(seen[0].device), IGNORED).to(output.loss.dtype)
-    return lazy_output(type(output), compute, output.logits.dtype, **fields)
+    return lazy_output(model, type(output), compute, output.logits.dtype, **fields)
