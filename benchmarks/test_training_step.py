@@ -1,4 +1,4 @@
-"""A training step with a prefix against PEFT's: GPT-2, with its matrix products alone beside it; texts about tables."""
+"""A training step with a prefix against PEFT's: GPT-2, its products beside it; texts about tables; BART's summaries."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from compare import Contender, compare
 from floor import LIBRARIES, Floor
 from hosts import LONG_STEP, QUICK_REFERENCES, QUICK_STEP, REFERENCES, STEP, ReferencesStep, Size, TrainingStep
 from memory import peak_memory
+from summaries import QUICK as QUICK_SUMMARIES
+from summaries import Summaries, SummaryStep
 from table_to_text import QUICK, Texts, TextStep
 
 PEFT = "PEFT"
@@ -58,6 +60,27 @@ def test_padded_texts(benchmark: Any, record: Any, quick: bool) -> None:
             rounds=1 if quick else 4,
             tolerance=1e-4,
             headlines=[PEFT],
+        )
+    )
+
+
+def test_padded_sources_and_targets(benchmark: Any, record: Any, quick: bool) -> None:
+    size = QUICK_SUMMARIES if quick else Summaries()
+    ours = SummaryStep(size, padding_free=True)
+    sources, targets = ours.padding
+    record(
+        compare(
+            benchmark,
+            group="training step",
+            case=f"{size}, {sources:.0%} and {targets:.0%} padding",
+            ours=Contender("patch(peft_model)", ours),
+            rivals=[
+                Contender("padding_free=False", SummaryStep(size, padding_free=False)),
+                Contender(PEFT, SummaryStep(size, padding_free=None)),
+            ],
+            rounds=1 if quick else 5,
+            tolerance=1e-4,
+            headlines=["padding_free=False", PEFT],
         )
     )
 

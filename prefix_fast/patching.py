@@ -47,10 +47,11 @@ def patch(
         freeze: freeze the language model; `model.prefix` is then the only trainable module, and the only one saved.
         fused_loss: with labels in training mode, run head and loss on the labelled positions only; the output's
             `logits` are computed when first read (None under torch.compile).
-        padding_free: with the fused loss of a decoder-only model, leave out of the computation what is padding and
-            predicts no label (its logits are those of a zero hidden state); several texts in one row, as transformers'
-            DataCollatorWithFlattening makes them, are kept apart without a mask of all pairs. Where a layer's attention
-            does not allow it, padding is computed.
+        padding_free: with the fused loss, leave out of the computation what is padding and predicts no label (its
+            logits are those of a zero hidden state): in decoder-only models, and in sources and targets of
+            encoder-decoders with learned or sinusoidal positions. Several texts in one row of a decoder-only model, as
+            transformers' DataCollatorWithFlattening makes them, are kept apart without a mask of all pairs. Where a
+            layer's attention does not allow it, padding is computed.
         trim_last_layer: with `padding_free`, compute in the last layer keys and values of all tokens, and the rest of
             the tokens between a row's first and last label alone. Logits that are read then cost a second forward;
             from the next call on the last layer computes everything.

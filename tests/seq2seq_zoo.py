@@ -72,6 +72,11 @@ class Seq2SeqBatch(NamedTuple):
         """Without the labels."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
+    def computed(self) -> Tensor:
+        """[B, T], True: a label, or a decoder token made of one; the others are padding behind them."""
+        real = self.labels != -100
+        return real | torch.nn.functional.pad(real[:, :-1], (1, 0), value=True)
+
 
 def make_seq2seq_batch(padding: str = "right", rows: int = 3, source: int = 7, target: int = 5) -> Seq2SeqBatch:
     """A batch whose sources are padded "left", "right" or not ("none") and whose labels end at different places."""

@@ -243,10 +243,11 @@ def test_encoder_decoder_encodes_each_source_once(family, length):
         for name, gradient in expected.items():
             assert_close(gradients[name], gradient)
     model.get_encoder().register_forward_hook(
-        lambda module, args, kwargs, out: seen.append(out[0].shape[0]), with_kwargs=True
+        lambda module, args, kwargs, out: seen.append(out[0].shape[:2]), with_kwargs=True
     )
-    found = model(**shared(features), per_token_logps=True)
-    assert seen == [3]
+    given = shared(features)
+    found = model(**given, per_token_logps=True)
+    assert seen == [(1, int(given["source_mask"].sum())) if family == "bart" else given["source_ids"].shape]
     batch = source_to_target(features)
     logps = model.eval()(**batch).logits.log_softmax(-1)
     labelled = batch["labels"] != -100

@@ -103,7 +103,7 @@ def admit(model: Any, offered: ModelSites) -> str:
     try:
         positions = _checked_positions(model)
         if offered.is_encoder_decoder:
-            sites.shift_decoder(model, positions)
+            sites.follow_positions(model, positions)
         _run_trial(model, offered, positions)
     except BaseException:
         sites.unmark(model)

@@ -149,7 +149,7 @@ class HostMixin(checkpointing.Checkpointed, SteppedAside):
         device = next(self.parameters()).device.type  # type: ignore[attr-defined]
         with self._compute(device), sites.shifted(self, state.positions, context.length, context.choice):
             if isinstance(plan, Seq2SeqPlan) and can_fuse_seq2seq(self, arguments):
-                return fused_seq2seq_forward(self, plan, forward, arguments)
+                return fused_seq2seq_forward(self, plan, forward, arguments, state)
             return forward(self, **arguments)
 
     def _plan(self, arguments: dict[str, Any]) -> LossPlan | Seq2SeqPlan | None:

@@ -246,7 +246,7 @@ def padding_free(model: Any, arguments: dict[str, Any], targets: Tensor, ignored
         return None
     if mask is None:
         mask = torch.ones_like(targets)
-    if not isinstance(mask, Tensor) or mask.shape != targets.shape or not _can_pack(model):
+    if not isinstance(mask, Tensor) or mask.shape != targets.shape or not can_pack(model):
         return None
     attended, predicts = mask.bool(), targets != ignored
     alone = predicts & ~attended
@@ -258,10 +258,10 @@ def padding_free(model: Any, arguments: dict[str, Any], targets: Tensor, ignored
         return None
     parts = [attended, alone] if alone_tokens else [attended]
     index = torch.cat([part.flatten().nonzero()[:, 0] for part in parts])
-    key_offsets = _offsets([attended, torch.zeros_like(alone)][: len(parts)])
+    key_offsets = offsets_of([attended, torch.zeros_like(alone)][: len(parts)])
     batch, tokens = targets.shape
     rows = PaddedRows(
-        cu_seqlens_q=_offsets(parts), cu_seqlens_k=key_offsets, keys=keys, longest=tokens, reach=tokens,
+        cu_seqlens_q=offsets_of(parts), cu_seqlens_k=key_offsets, keys=keys, longest=tokens, reach=tokens,
         index=index, shape=(batch, tokens),
     )  # fmt: skip
     last = _last_tokens(rows, attended, predicts & attended, alone) if trim else None
@@ -281,7 +281,7 @@ def _last_tokens(rows: PaddedRows, attended: Tensor, predicts: Tensor, alone: Te
     places = torch.cat([needed, rest])
     order = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
     count = len(rows.cu_seqlens_k) - 1  # twice the batch's rows where some tokens only predict
-    queries = _offsets([between, alone][: count // len(between)])
+    queries = offsets_of([between, alone][: count // len(between)])
     first = torch.nn.functional.pad((attended & (begun == 0)).sum(1), (0, count - len(between)))
     of_queries = Rows(
         cu_seqlens_q=queries, cu_seqlens_k=rows.cu_seqlens_k, keys=rows.keys, longest=rows.longest, reach=rows.reach,
@@ -328,7 +328,7 @@ def unpacked_cache(config: Any, kept: dict[int, tuple[Tensor, Tensor]], rows: Pa
     return cache
 
 
-def _can_pack(model: Any) -> bool:
+def can_pack(model: Any) -> bool:
     """Whether the model's tokens meet in attention alone, each counts once, and what it returns can be unpacked."""
     config = model.config
     if getattr(config, "output_router_logits", False) or getattr(config, "output_hidden_states", False):
@@ -350,6 +350,6 @@ def _for_rows(context: hub.PrefixContext, rows: Tensor) -> hub.PrefixContext:
     return context
 
 
-def _offsets(masks: list[Tensor]) -> Tensor:
+def offsets_of(masks: list[Tensor]) -> Tensor:
     """[rows + 1] of the tokens in the rows of several masks [B, T]."""
     return torch.nn.functional.pad(torch.cat([mask.sum(1) for mask in masks]).cumsum(0), (1, 0)).int()

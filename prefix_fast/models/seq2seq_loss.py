@@ -7,7 +7,8 @@
 The class's forward runs as it is: the head is given the chosen rows, and the forward is given the chosen labels
 together with the decoder's input that it would have made of all of them. Where the head is frozen it gets no row and
 the forward no label; head and loss are then one function (`linear_loss`). Whether a class uses labels and logits for
-nothing else is read from the source of its forward; any other statement and the class keeps its own path.
+nothing else is read from the source of its forward; any other statement and the class keeps its own path. Where a call
+allows it, encoder and decoder compute no padding (`packed_seq2seq`).
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_fast.models import packed_seq2seq
 from prefix_fast.models.head import frozen_head
 from prefix_fast.models.outputs import lazy_output
+from prefix_fast.models.packed import CannotPackError
+from prefix_fast.models.packed_seq2seq import IGNORED, PackedPairs
 
-IGNORED = -100
 # What forwards do with labels and logits, as ast.unparse writes it; (?P<name>) says where the names stand.
 _BIAS = r"self\.final_logits_bias(?:\.to\(lm_logits\.device\))?"
 _SHIFT = re.compile(
     r"if labels is not None(?: and decoder_input_ids is None and \(decoder_inputs_embeds is None\))?:\n"
-    r"(?:    if use_cache:\n        logger\.warning\('[^\n]*'\)\n    use_cache = False\n)?"
+    r"(?P<uncached>    if use_cache:\n        logger\.warning\('[^\n]*'\)\n    use_cache = False\n)?"
     r"(?:    if labels\.shape\[1\] > self\.max_target_positions:\n        raise ValueError\([^\n]*\)\n)?"
     r"(?:    if decoder_input_ids is None(?: and decoder_inputs_embeds is None)?:\n    )?"
     r"    decoder_input_ids = (?P<shift>self\._shift_right|shift_tokens_right)"
@@ -61,12 +64,14 @@ class Seq2SeqPlan:
         has_bias: whether `final_logits_bias` is added.
         shift: the function that makes the decoder's input of labels, or its name on the model.
         shift_fields: the config's fields that it is given.
+        caches: whether the decoder may return a cache beside a loss.
     """
 
     head: str
     has_bias: bool
     shift: Callable | str
     shift_fields: tuple[str, ...]
+    caches: bool
 
     def decoder_input_ids(self, model: Any, labels: Tensor) -> Tensor:
         """[B, T], as the class's forward makes them of labels."""
@@ -100,7 +105,13 @@ def seq2seq_plan(model_class: Any) -> Seq2SeqPlan | None:
         return None
     name, fields = found[_SHIFT][0].group("shift", "fields")
     shift = name.removeprefix("self.") if name.startswith("self.") else forward.__globals__[name]
-    return Seq2SeqPlan(found[_HEAD][0]["head"], biases == 1, shift, tuple(re.findall(r"config\.(\w+)", fields)))
+    return Seq2SeqPlan(
+        head=found[_HEAD][0]["head"],
+        has_bias=biases == 1,
+        shift=shift,
+        shift_fields=tuple(re.findall(r"config\.(\w+)", fields)),
+        caches=found[_SHIFT][0]["uncached"] is None,
+    )
 
 
 def _statements(function: Callable) -> list[str]:
@@ -122,24 +133,43 @@ def can_fuse_seq2seq(model: Any, arguments: dict[str, Any]) -> bool:
     return bool(return_dict) and arguments["labels"].dim() == 2 and not torch.compiler.is_compiling()
 
 
-def fused_seq2seq_forward(model: Any, plan: Seq2SeqPlan, forward: Callable, arguments: dict[str, Any]) -> Any:
+def fused_seq2seq_forward(
+    model: Any, plan: Seq2SeqPlan, forward: Callable, arguments: dict[str, Any], state: Any
+) -> Any:
     """The class's forward of a training call with labels, its head on the labelled positions only.
 
     Args:
         model: the patched model. plan: of its class. forward: the class's own.
         arguments: the call's, by name, with the prefix.
+        state: the model's `HostState`, which says whether it computes on packed rows.
 
     Raises:
         ValueError: labels of another shape than the decoder's tokens.
     """
-    labels = arguments["labels"]
     given = dict(arguments)
-    if given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
-        given["decoder_input_ids"] = plan.decoder_input_ids(model, labels)
+    shifted = given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None
+    if shifted:
+        given["decoder_input_ids"] = plan.decoder_input_ids(model, given["labels"])
+    pairs = None
+    if state.packs:
+        pairs = packed_seq2seq.padding_free(model, state.positions, given, shifted, plan.caches)
+    if pairs is not None:
+        try:
+            return _labelled_forward(model, plan, functools.partial(pairs.forward, forward), given, pairs)
+        except CannotPackError:
+            state.packs = False
+    return _labelled_forward(model, plan, forward, given, None)
+
+
+def _labelled_forward(
+    model: Any, plan: Seq2SeqPlan, forward: Callable, arguments: dict[str, Any], pairs: PackedPairs | None
+) -> Any:
+    """The forward with the head on the labelled positions only; of packed rows, that of `pairs`."""
+    labels = arguments["labels"] if pairs is None else pairs.target.pack(arguments["labels"])
     chosen = labels != IGNORED
     head, seen = getattr(model, plan.head), []
     frozen = frozen_head(head, model.final_logits_bias if plan.has_bias else None)
-    given["labels"] = labels[chosen].unsqueeze(0) if frozen is None else labels.new_empty((1, 0))
+    given = {**arguments, "labels": labels[chosen].unsqueeze(0) if frozen is None else labels.new_empty((1, 0))}
 
     def labelled_rows(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (hidden,) = inputs
@@ -156,8 +186,11 @@ def fused_seq2seq_forward(model: Any, plan: Seq2SeqPlan, forward: Callable, argu
         output = forward(model, **given)
     finally:
         handle.remove()
-    compute = functools.partial(plan.logits, model, seen[0])
+
+    def logits() -> Tensor:
+        return plan.logits(model, seen[0] if pairs is None else pairs.target.unpack(seen[0]))
+
     fields = {name: value for name, value in output.items() if name != "logits"}
     if frozen is not None:
         fields["loss"] = frozen.loss(seen[0], labels.to(seen[0].device), IGNORED).to(output.loss.dtype)
-    return lazy_output(model, type(output), compute, output.logits.dtype, **fields)
+    return lazy_output(model, type(output), logits, output.logits.dtype, **fields)

@@ -7,7 +7,8 @@ N sources and B targets stand one after another in one row of packed tokens, wit
 
 where the source is a segment whose keys and values are this layer's own activations: gradients flow back through them,
 summed over the rows of the group by the operator. The sources' last hidden states predict their rows' first tokens.
-An encoder-decoder encodes each source once.
+An encoder-decoder encodes each source once; where it can be told where tokens stand, cross-attention reads the sources
+as such a segment, and no padding is computed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from prefix_fast.backends.problem import Plan, make_plan
 from prefix_fast.functional import Segment
-from prefix_fast.models import families, hub, packed
+from prefix_fast.models import families, hub, packed, packed_seq2seq
 from prefix_fast.models.loss import LOSS_ARGUMENTS, LossPlan, loss_of_states
 from prefix_fast.models.seq2seq_loss import IGNORED, Seq2SeqPlan
 
@@ -201,29 +202,52 @@ def _same(logits: Tensor) -> Tensor:
 
 def _encoded_once(model: Any, state: Any, forward: Callable, arguments: dict[str, Any], context: Any) -> Any:
     """The forward of an encoder-decoder: the encoder's states of a source are read by all of its rows."""
-    source_mask, target_mask = arguments["source_mask"].long(), arguments["target_mask"].bool()
+    source_mask, target_mask = arguments["source_mask"].bool(), arguments["target_mask"].bool()
     index, targets, labels = arguments["source_index"].long(), arguments["target_ids"], arguments.get("labels")
     of_sources = context or _context(model, state, _of_sources(arguments))
-    encoded = model.get_encoder()(
-        input_ids=arguments["source_ids"], attention_mask=source_mask, return_dict=True, **{hub.KEYWORD: of_sources}
-    )
-    given: dict[str, Any] = {
-        name: arguments[name] for name in ("num_items_in_batch", "prefix_ids") if name in arguments
-    }
-    given["encoder_outputs"] = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
-    given["attention_mask"] = source_mask[index]
+    chosen = arguments.get("prefix_ids")
+    of_rows = of_sources if context is not None or chosen is None else _context(model, state, chosen)
+    given: dict[str, Any] = {"use_cache": False, "return_dict": True, hub.KEYWORD: of_rows}
+    if "num_items_in_batch" in arguments:
+        given["num_items_in_batch"] = arguments["num_items_in_batch"]
     given["decoder_input_ids"] = state.plan.decoder_input_ids(model, targets.masked_fill(~target_mask, IGNORED))
     if labels is not None:
         given["labels"] = labels[:, 1:]
-    output = model._prefix_forward(
-        forward, (), {**given, "use_cache": False, "return_dict": True, hub.KEYWORD: context}
-    )
+    pairs = None
+    if state.packs:
+        pairs = packed_seq2seq.shared_pairs(model, state.positions, source_mask, target_mask, index, of_sources)
+    output = None
+    if pairs is not None:
+        try:
+            output = _packed_once(model, forward, given, pairs, arguments["source_ids"])
+        except packed.CannotPackError:
+            state.packs, pairs = False, None
+    if output is None:
+        encoded = model.get_encoder()(
+            input_ids=arguments["source_ids"],
+            attention_mask=source_mask.long(),
+            return_dict=True,
+            **{hub.KEYWORD: of_sources},
+        )
+        given["encoder_outputs"] = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
+        output = model._prefix_forward(forward, (), {**given, "attention_mask": source_mask[index].long()})
     logps = None
     if arguments.get(PER_TOKEN):
-        logps = -torch.nn.functional.cross_entropy(
-            output.logits[target_mask].float(), targets[target_mask], reduction="none"
-        )
+        logits = output.logits[target_mask] if pairs is None else output.logits[0]
+        logps = -torch.nn.functional.cross_entropy(logits.float(), targets[target_mask], reduction="none")
     return SharedSourceOutput(loss=output.loss, per_token_logps=logps)
+
+
+def _packed_once(
+    model: Any, forward: Callable, given: dict[str, Any], pairs: packed_seq2seq.PackedPairs, source_ids: Tensor
+) -> Any:
+    """The output of packed sources and targets; its logits are those of [1, target tokens]."""
+    labels = given.get("labels")
+    packed_labels = {} if labels is None else {"labels": pairs.target.pack(labels)}
+    run = functools.partial(pairs.forward, forward)
+    # The mask says that there is no more to leave out.
+    inputs = {"input_ids": source_ids, "decoder_attention_mask": torch.ones_like(given["decoder_input_ids"])}
+    return model._prefix_forward(run, (), {**given, **inputs, **packed_labels})
 
 
 def _context(model: Any, state: Any, *prefix_ids: Any) -> hub.PrefixContext:

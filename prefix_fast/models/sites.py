@@ -4,7 +4,8 @@ A trial run of three source and two target tokens tells the sites apart: modules
 others, those that see three keys are "cross" and those that see two are "decoder". Every attention module gets a mark
 in its `__dict__`, so that copies and pickles keep it.
 
-    "embedded"   decoder.embed_positions(..., past_key_values_length, position_ids): called with positions P further on
+    "embedded"   decoder.embed_positions(..., past_key_values_length, position_ids): called with positions P further on;
+                 of packed tokens the encoder's and the decoder's are called with the place of each in its row
     "relative"   a bias by distance, which the prefix gets too, as the P positions before the row's own:
                  compute_bias(Tq, P, past + P)  [1, H, Tq, P]
 """
@@ -25,6 +26,7 @@ from prefix_fast.models import families
 
 MARK = "_prefix_fast_site"
 SHIFT = "_prefix_fast_shift"
+PLACES = "_prefix_fast_places"
 
 
 class Site(NamedTuple):
@@ -84,7 +86,7 @@ def mark(model: nn.Module, calls: list[tuple[nn.Module, int]], source: int) -> d
 
 
 def unmark(model: nn.Module) -> None:
-    """Take every mark away, and give the decoder's position embedding its class back."""
+    """Take every mark away, and give the position embeddings their classes back."""
     for module in model.modules():
         module.__dict__.pop(MARK, None)
         if isinstance(module, ShiftedPositions):
@@ -100,11 +102,24 @@ def relative_bias(site: Site, queries: int, length: int, past: Tensor | int) -> 
     return site.bias.compute_bias(queries, length, device=device, past_seen_tokens=past + length)  # type: ignore[operator]
 
 
+class Places:
+    """Where the tokens of one forward stand.
+
+    Attributes:
+        positions: [1, total] of packed tokens, those of the prefix counted.
+        read: whether the position embedding has been asked for them.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions
+        self.read = False
+
+
 class ShiftedPositions:
-    """What a decoder's position embedding does otherwise than its class: it counts the prefix's tokens."""
+    """What a position embedding does otherwise than its class: it counts the prefix's tokens and places packed ones."""
 
     _prefix_fast_class: Any
-    _prefix_fast_parameters: tuple[str, ...]
+    _prefix_fast_explicit: bool  # whether it takes positions
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._prefix_fast_class,), self.__dict__
@@ -118,9 +133,13 @@ def _shifted_class(cls: Any) -> Any:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         shift, choice = self.__dict__.get(SHIFT, (0, None))
-        if choice is None and shift == 0:
+        places = self.__dict__.get(PLACES)
+        if places is None and choice is None and shift == 0:
             return original(self, *args, **kwargs)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        if places is not None:
+            places.read = True
+            return _embedded(self, original, arguments, places.positions)
         if choice is not None:
             return _shifted_rows(self, original, arguments, choice)
         positions = arguments.get("position_ids")
@@ -130,14 +149,21 @@ def _shifted_class(cls: Any) -> Any:
             arguments["position_ids"] = _in_table(self, positions + shift)
         return original(self, **arguments)
 
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (ShiftedPositions, cls), {**namespace, "_prefix_fast_class": cls, "forward": forward})
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_prefix_fast_class": cls,
+        "_prefix_fast_explicit": "position_ids" in names,
+        "forward": forward,
+    }
+    return type(cls.__name__, (ShiftedPositions, cls), namespace)
 
 
 def _shifted_rows(table: Any, original: Any, arguments: dict[str, Any], choice: Choice) -> Tensor:
     """The embeddings [B, T, hidden] of tokens that stand further on by each row's own prefix."""
     past = arguments.get("past_key_values_length", 0)
-    if "position_ids" not in inspect.signature(original).parameters:  # counted from the tokens, in a way of its own
+    if not table._prefix_fast_explicit:  # counted from the tokens, in a way of its own
         found = original(table, **arguments)
         for size in sorted(set(choice.sizes)):
             moved = original(table, **{**arguments, "past_key_values_length": past + size})
@@ -148,7 +174,12 @@ def _shifted_rows(table: Any, original: Any, arguments: dict[str, Any], choice: 
         tokens: Any = arguments.get("input_ids", arguments.get("input_ids_shape"))
         count = tokens.shape[1] if isinstance(tokens, Tensor) else tokens[1]
         positions = torch.arange(count, device=choice.lengths.device) + past
-    positions = _in_table(table, positions + choice.lengths)
+    return _embedded(table, original, arguments, positions + choice.lengths)
+
+
+def _embedded(table: Any, original: Any, arguments: dict[str, Any], positions: Tensor) -> Tensor:
+    """The embeddings [B, T, hidden] of positions [B, T]."""
+    positions = _in_table(table, positions)
     # Some tables put a dimension before the positions that they are given: they are given them in one row.
     flat = original(table, **{**arguments, "position_ids": positions.reshape(-1)})
     return flat.reshape(*positions.shape, -1)
@@ -165,20 +196,31 @@ def _rebuild(cls: Any) -> Any:
     return object.__new__(_shifted_class(cls))
 
 
-def shift_decoder(model: Any, style: str) -> None:
-    """Let the decoder's position embedding be shifted.
+def follow_positions(model: Any, style: str) -> None:
+    """Let the decoder's position embedding be shifted, and the encoder's be placed where it takes positions.
 
     Raises:
         NotImplementedError: the decoder has none, or one that takes no past length.
     """
     if style != "embedded":
         return
-    table = getattr(model.get_decoder(), "embed_positions", None)
+    of_encoder, table = _tables(model)
     if table is None or "past_key_values_length" not in inspect.signature(type(table).forward).parameters:
         raise NotImplementedError(
             f"patch: expected a decoder whose embed_positions takes past_key_values_length, got {type(model).__name__};"
             " its positions cannot be shifted by the prefix, it cannot be patched"
         )
+    _step_in(table)
+    if of_encoder is not None and "position_ids" in inspect.signature(type(of_encoder).forward).parameters:
+        _step_in(of_encoder)
+
+
+def _tables(model: Any) -> tuple[Any, Any]:
+    """The position embeddings of the encoder and of the decoder; None where one has none."""
+    return tuple(getattr(part, "embed_positions", None) for part in (model.get_encoder(), model.get_decoder()))  # type: ignore[return-value]
+
+
+def _step_in(table: Any) -> None:
     if not isinstance(table, ShiftedPositions):
         cls: Any = type(table)
         table.__class__ = _shifted_class(cls)
@@ -202,6 +244,32 @@ def shifted(model: Any, style: str, length: int | Tensor, choice: Choice | None)
         del table.__dict__[SHIFT]
         if before is not None:
             table.__dict__[SHIFT] = before
+
+
+def takes_places(model: Any, style: str) -> bool:
+    """Whether encoder and decoder can be told where each of their tokens stands."""
+    if style != "embedded":
+        return False
+    tables = _tables(model)
+    explicit = all(isinstance(table, ShiftedPositions) and table._prefix_fast_explicit for table in tables)
+    return explicit and tables[0] is not tables[1]
+
+
+@contextmanager
+def placed(model: Any, source: Tensor, target: Tensor) -> Any:
+    """For the time of one forward, let packed tokens of encoder and decoder stand at these positions [1, total].
+
+    Yields:
+        The `Places` of both, which say afterwards whether they were read.
+    """
+    tables, places = _tables(model), (Places(source), Places(target))
+    for table, places_of in zip(tables, places, strict=True):
+        table.__dict__[PLACES] = places_of
+    try:
+        yield places
+    finally:
+        for table in tables:
+            del table.__dict__[PLACES]
 
 
 def trial_inputs(model: Any, source: int, target: int) -> dict[str, Any]:
