@@ -57,7 +57,8 @@ def patch(
             from the next call on the last layer computes everything.
         compute_dtype: run every forward under autocast of this dtype, bfloat16 or float16, beside a float32 prefix. The
             weights stay as they are; those of frozen linear layers are copied once and not in every forward, which
-            takes half of their memory more until `unpatch`. None: as called.
+            takes half of their memory more until `unpatch`; under FSDP2, whose weights are shards, give its
+            MixedPrecisionPolicy the dtype instead. None: as called.
 
     Returns:
         The same model.
