@@ -8,7 +8,7 @@ from models_zoo import assert_close, make_batch, make_model, make_peft, make_pre
 from seq2seq_zoo import make_seq2seq, make_seq2seq_batch, make_site_prefix
 
 from prefix_fast import ops, patch, unpatch
-from prefix_fast.models import hub, packed, sites
+from prefix_fast.models import hub, packed, packed_seq2seq, sites
 
 # What stands below the first attention to a prefix.
 BELOW = {
@@ -52,7 +52,7 @@ def wanted(monkeypatch) -> dict[tuple[str, int], Wanted]:
         found[site] = Wanted(grads.query is not None, *own, *prefix)
         backward(problem, out, lse, grad_out, grad_lse, grads)
 
-    for context in (hub.PrefixContext, packed.PackedContext):
+    for context in (hub.PrefixContext, packed.PackedContext, packed_seq2seq.PairsContext):
         monkeypatch.setattr(context, "attend", noting(context.attend))
     monkeypatch.setattr(ops.load_backend("cpu"), "backward", counted)
     return found

@@ -83,7 +83,7 @@ class PackedPairs:
                     given[name] = rows.pack(given[name])
         given |= {"attention_mask": None, "decoder_attention_mask": None, "use_cache": False}
         kept: Kept = {"decoder": {}, "cross": {}}
-        given[hub.KEYWORD] = _PairsContext(context, self, kept if self.caches else {})
+        given[hub.KEYWORD] = PairsContext(context, self, kept if self.caches else {})
         source, target = (
             torch.arange(rows.shape[1], device=rows.index.device).unsqueeze(0) for rows in (self.source, self.target)
         )
@@ -109,7 +109,7 @@ class PackedPairs:
         return EncoderDecoderCache(*(unpacked_cache(config, kept[site], rows[site]) for site in rows))
 
 
-class _PairsContext:
+class PairsContext:
     """In the place of the `PrefixContext`, whose prefix every row reads first."""
 
     placed = True
