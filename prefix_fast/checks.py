@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -38,11 +39,11 @@ def checked_problem(
 ) -> Problem:
     """The call as a `Problem`, cast under autocast, with the dropout seed drawn. Raises as `prefix_attention` says."""
     names = _set_names(caller, len(sets))
-    floats = {"query": query, "key": key, "value": value}
-    for (key_name, value_name), s in zip(names, sets, strict=True):
-        floats |= {key_name: s.key, value_name: s.value}
-    for name, tensor in floats.items():
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_float_tensor(caller, name, tensor, query)
+    for (key_name, value_name), s in zip(names, sets, strict=True):
+        _check_float_tensor(caller, key_name, s.key, query)
+        _check_float_tensor(caller, value_name, s.value, query)
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):  # meta tensors know no autocast
         query, key, value, sets = _autocast(query, key, value, sets)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -65,23 +66,29 @@ def checked_problem(
     )  # fmt: skip
 
 
-def _set_names(caller: str, count: int) -> list[tuple[str, str]]:
+_SEGMENT_NAMES = tuple((f"segments[{i}].key", f"segments[{i}].value") for i in range(4))
+
+
+def _set_names(caller: str, count: int) -> Sequence[tuple[str, str]]:
     if caller == "prefix_attention":
-        return [("prefix_key", "prefix_value")]
+        return (("prefix_key", "prefix_value"),)
+    if count <= len(_SEGMENT_NAMES):
+        return _SEGMENT_NAMES[:count]
     return [(f"segments[{i}].key", f"segments[{i}].value") for i in range(count)]
 
 
 def _check_float_tensor(caller: str, name: str, tensor: Tensor, query: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{caller}: expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+    is_float = tensor.dtype in FLOATS
+    if tensor.layout != torch.strided or tensor.is_nested or (not is_float and tensor.is_quantized):
         kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         raise TypeError(f"{caller}: expected {name} to be a dense strided tensor, got {kind}; convert it first")
-    if tensor.dtype not in FLOATS:
+    if not is_float:
         raise TypeError(f"{caller}: expected {name} in float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if tensor.device != query.device:
+    if tensor is not query and tensor.device != query.device:
         raise ValueError(f"{caller}: expected {name} on query's device {query.device}, got {tensor.device}; move it")
-    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise TypeError(
             f"{caller}: expected {name} with a contiguous last dim, got stride {tensor.stride(-1)} there; "
             f"call .contiguous()"
@@ -290,20 +297,19 @@ def _check_positions(
             raise ValueError(f"{caller}: expected query_offset 0-dim or [B] = [{rows}], got {_shape(query_offset)}")
     elif query_offset is not None:
         _check_int(caller, "query_offset", query_offset)
-    for name, number, least in (
-        ("window", window, 1),
-        ("max_seqlen_q", max_seqlen_q, 0),
-        ("max_seqlen_k", max_seqlen_k, 0),
-    ):
-        if number is not None:
-            _check_int(caller, name, number)
-            if number < least:
-                raise ValueError(f"{caller}: expected {name} of at least {least}, got {number}")
+    if window is not None:
+        _check_int(caller, "window", window, least=1)
+    if max_seqlen_q is not None:
+        _check_int(caller, "max_seqlen_q", max_seqlen_q, least=0)
+    if max_seqlen_k is not None:
+        _check_int(caller, "max_seqlen_k", max_seqlen_k, least=0)
 
 
-def _check_int(caller: str, name: str, number: int) -> None:
+def _check_int(caller: str, name: str, number: int, least: int | None = None) -> None:
     if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
         raise TypeError(f"{caller}: expected {name} to be an int, got {type(number).__name__}")
+    if least is not None and number < least:
+        raise ValueError(f"{caller}: expected {name} of at least {least}, got {number}")
 
 
 def _check_softmax(
@@ -314,15 +320,13 @@ def _check_softmax(
     dropout_p: float,
     scale: float | None,
 ) -> None:
-    for name, number in (("softcap", softcap), ("dropout_p", dropout_p), ("scale", scale)):
-        if number is None and name != "dropout_p":
-            continue
-        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat)):
-            raise TypeError(f"{caller}: expected {name} to be a number, got {type(number).__name__}")
-        if not -math.inf < number < math.inf:
-            raise ValueError(f"{caller}: expected a finite {name}, got {number}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{caller}: expected softcap above 0, got {softcap}")
+    _check_number(caller, "dropout_p", dropout_p)
+    if scale is not None:
+        _check_number(caller, "scale", scale)
+    if softcap is not None:
+        _check_number(caller, "softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"{caller}: expected softcap above 0, got {softcap}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{caller}: expected dropout_p in [0, 1), got {dropout_p}")
     if sinks is not None:
@@ -331,6 +335,13 @@ def _check_softmax(
         if sinks.shape != (heads,):
             raise ValueError(f"{caller}: expected sinks [H] = [{heads}], got {_shape(sinks)}")
         _refuse_gradient(caller, "sinks", sinks)
+
+
+def _check_number(caller: str, name: str, number: float) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat)):
+        raise TypeError(f"{caller}: expected {name} to be a number, got {type(number).__name__}")
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{caller}: expected a finite {name}, got {number}")
 
 
 def _refuse_gradient(caller: str, name: str, tensor: Tensor) -> None:

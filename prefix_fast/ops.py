@@ -120,8 +120,7 @@ def _empty_rows(like: Tensor) -> Tensor:
     """Uninitialised, shaped as `like`; dense rows lie in memory as [B, T, heads, D], as the next linear layer reads."""
     if like.dim() == 3:
         return like.new_empty(like.shape)
-    rows, heads, tokens, head_dim = like.shape
-    return like.new_empty((rows, tokens, heads, head_dim)).transpose(1, 2)
+    return torch.empty_permuted(like.shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
 
 
 def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
