@@ -205,7 +205,8 @@ int backward_short(const Call& call, const Saved& saved, const Tokens& target, c
     return with_head_dim<T>(call.head_dim, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
         if constexpr (kIsHalf<T> && D <= kShortHeadDim) {
-            using Shape = ShortShape<T, D, D == 96 ? 16 : 32>;
+            // As many own keys as leave registers, and shared memory for two blocks on sm_80.
+            using Shape = ShortShape<T, D, D == 96 ? 16 : D == 64 ? 48 : 32>;
             const int units = call.sets[0].count + (call.sets[0].ids.data != nullptr);
             const dim3 grid(units * grads.splits, call.kv_heads), block(Shape::kThreads);
             return PREFIX_FAST_LAUNCH(short_kernel<Shape>, grid, block, Shape::kSharedBytes,
