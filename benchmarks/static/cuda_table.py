@@ -168,19 +168,24 @@ def release_of(toolkit: Toolkit) -> str:
 
 
 def regenerate(toolkit: Toolkit) -> Iterator[tuple[str, str, list[Row]]]:
-    """Bring the table up to date; yields source, type and rows as they are compiled. Others are kept."""
+    """Bring the table up to date; yields source, type and rows as they are compiled. Others are kept.
+
+    What is done when it is interrupted is kept too.
+    """
     release, old = load()
     marks = {fingerprint(*unit): unit for unit in UNITS}
     rows = {key: row for key, row in old.items() if release == release_of(toolkit) and row.fingerprint in marks}
     kept = {row.fingerprint for row in rows.values()}
     stale = [unit for mark, unit in marks.items() if mark not in kept]
-    with ThreadPoolExecutor(2) as pool:
-        for unit, found in zip(stale, pool.map(lambda unit: list(rows_of(toolkit, *unit)), stale), strict=True):
-            rows |= {row.key: row for row in found}
-            yield *unit, found
-    ordered = [rows[key] for key in sorted(rows)]
-    write_rows(JSON, {"nvcc": release_of(toolkit)}, ordered)
-    MARKDOWN.write_text("\n".join(markdown(release_of(toolkit), ordered)) + "\n", encoding="utf-8")
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for unit, found in zip(stale, pool.map(lambda unit: list(rows_of(toolkit, *unit)), stale), strict=True):
+                rows |= {row.key: row for row in found}
+                yield *unit, found
+    finally:
+        ordered = [rows[key] for key in sorted(rows)]
+        write_rows(JSON, {"nvcc": release_of(toolkit)}, ordered)
+        MARKDOWN.write_text("\n".join(markdown(release_of(toolkit), ordered)) + "\n", encoding="utf-8")
 
 
 def markdown(release: str, rows: list[Row]) -> list[str]:
