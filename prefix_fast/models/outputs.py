@@ -121,12 +121,12 @@ def lazy_output(
             return compute()
 
     output = _lazy_class(output_class)(**fields, logits=DeferredLogits(run, dtype))
-    output.__dict__["_hides"] = any(hasattr(parameter, _SHARDED) for parameter in model.parameters())
+    output.__dict__["_hides"] = hasattr(next(model.parameters()), _SHARDED)
     return output
 
 
 _FIELDS = "__dataclass_fields__"  # by which a dataclass is known
-_SHARDED = "ds_id"  # by which ZeRO-3 knows its parameters
+_SHARDED = "ds_id"  # by which ZeRO-3 knows its parameters, all of a model's
 
 
 class _NoDataclass(type):
