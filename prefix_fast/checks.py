@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -66,14 +65,9 @@ def checked_problem(
     )  # fmt: skip
 
 
-_SEGMENT_NAMES = tuple((f"segments[{i}].key", f"segments[{i}].value") for i in range(4))
-
-
-def _set_names(caller: str, count: int) -> Sequence[tuple[str, str]]:
+def _set_names(caller: str, count: int) -> list[tuple[str, str]]:
     if caller == "prefix_attention":
-        return (("prefix_key", "prefix_value"),)
-    if count <= len(_SEGMENT_NAMES):
-        return _SEGMENT_NAMES[:count]
+        return [("prefix_key", "prefix_value")]
     return [(f"segments[{i}].key", f"segments[{i}].value") for i in range(count)]
 
 
@@ -86,7 +80,7 @@ def _check_float_tensor(caller: str, name: str, tensor: Tensor, query: Tensor) -
         raise TypeError(f"{caller}: expected {name} to be a dense strided tensor, got {kind}; convert it first")
     if not is_float:
         raise TypeError(f"{caller}: expected {name} in float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if tensor is not query and tensor.device != query.device:
+    if tensor.device != query.device:
         raise ValueError(f"{caller}: expected {name} on query's device {query.device}, got {tensor.device}; move it")
     if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise TypeError(

@@ -47,9 +47,10 @@ _LIBRARY.define(
 
 def segment_attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Run the operator on the backend of that name. Returns out in query's layout and dtype, and lse."""
-    if not _dispatches_nothing(_tensors(problem)):
+    tensors = _tensors(problem)
+    if not _dispatches_nothing(tensors):
         return torch.ops.prefix_fast.segment_attention(*_to_arguments(problem, backend))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _tensors(problem)):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         leaves, sizes = _flatten(_to_arguments(problem, backend))
         return _SegmentAttention.apply(problem, sizes, *leaves)
     return _run_forward(problem, backend)

@@ -26,8 +26,8 @@ from prefix_fast.models import hub, sites
 from prefix_fast.models.masks import OwnMask
 from prefix_fast.models.outputs import Deferred
 from prefix_fast.models.packed import CannotPackError, PaddedRows, can_pack, offsets_of, unpacked_cache, wants_cache
+from prefix_fast.sources import IGNORED
 
-IGNORED = -100
 Kept = dict[str, dict[int, tuple[Tensor, Tensor]]]  # of the decoder's sites: each layer's keys and values
 # Arguments of a call with a value for each token, as ids or embeddings, and others under which tokens may be packed.
 _SOURCES = ("input_ids", "inputs_embeds")

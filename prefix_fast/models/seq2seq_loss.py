@@ -29,7 +29,8 @@ from prefix_fast.models import packed_seq2seq
 from prefix_fast.models.head import frozen_head
 from prefix_fast.models.outputs import lazy_output
 from prefix_fast.models.packed import CannotPackError
-from prefix_fast.models.packed_seq2seq import IGNORED, PackedPairs
+from prefix_fast.models.packed_seq2seq import PackedPairs
+from prefix_fast.sources import IGNORED
 
 # What forwards do with labels and logits, as ast.unparse writes it; (?P<name>) says where the names stand.
 _BIAS = r"self\.final_logits_bias(?:\.to\(lm_logits\.device\))?"

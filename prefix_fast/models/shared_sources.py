@@ -27,7 +27,8 @@ from prefix_fast.backends.problem import Plan, make_plan
 from prefix_fast.functional import Segment
 from prefix_fast.models import families, hub, packed, packed_seq2seq
 from prefix_fast.models.loss import LOSS_ARGUMENTS, LossPlan, loss_of_states
-from prefix_fast.models.seq2seq_loss import IGNORED, Seq2SeqPlan
+from prefix_fast.models.seq2seq_loss import Seq2SeqPlan
+from prefix_fast.sources import IGNORED
 
 _ROWS = 1024  # whose logits are kept at a time, for log-probabilities
 _TENSORS = ("source_ids", "source_mask", "target_ids", "target_mask", "source_index")
@@ -216,13 +217,12 @@ def _encoded_once(model: Any, state: Any, forward: Callable, arguments: dict[str
     pairs = None
     if state.packs:
         pairs = packed_seq2seq.shared_pairs(model, state.positions, source_mask, target_mask, index, of_sources)
-    output = None
     if pairs is not None:
         try:
             output = _packed_once(model, forward, given, pairs, arguments["source_ids"])
         except packed.CannotPackError:
             state.packs, pairs = False, None
-    if output is None:
+    if pairs is None:
         encoded = model.get_encoder()(
             input_ids=arguments["source_ids"],
             attention_mask=source_mask.long(),
