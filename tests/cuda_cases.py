@@ -146,16 +146,25 @@ def check_conflicts(call: Call, library: Library, products: str) -> None:
     """The loops of both products read shared memory without bank conflicts."""
     machine = Machine(library.path, seed=call.case.seed, arch=90, traffic=True)
     run(call, library, machine, products == "tf32")
-    text = (KERNELS / "tiles.cuh").read_text().splitlines()
-    first = next(n for n, line in enumerate(text, 1) if "void multiply_transposed" in line)
-    last = next(n for n, line in enumerate(text, 1) if line.startswith("// One element of a row"))
-    of_products = {f"tiles.cuh:{n}" for n in range(first, last)}
+    of_products = {
+        f"{name}:{n}"
+        for name, first, last in (
+            ("tiles.cuh", "void multiply_transposed", "}  // namespace"),
+            ("sums.cuh", "void multiply_weights", "// use(column, values)"),
+        )
+        for n in _lines_between((KERNELS / name).read_text("utf-8").splitlines(), first, last)
+    }
     for traffic in machine.traffic:
         if traffic.conflicts > 0 and not of_products.isdisjoint(traffic.lines):
             where = " < ".join(traffic.lines)
             raise CaughtError(
                 "bank conflicts", f"{where}: {traffic.conflicts} passes too many of {traffic.shared_requests} requests"
             )
+
+
+def _lines_between(text: list[str], first: str, last: str) -> range:
+    begin = next(n for n, line in enumerate(text, 1) if first in line)
+    return range(begin, next(n for n, line in enumerate(text, 1) if n > begin and line.startswith(last)))
 
 
 def main(arguments: list[str]) -> int:

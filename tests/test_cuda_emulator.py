@@ -11,6 +11,7 @@ import pytest
 import torch
 from cuda_compile import EMULATOR, compiled, unavailable
 from cuda_harness import CHECKS, SHARED_LIMITS, Machine
+from random_calls import as_tf32
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "runs")
 
@@ -132,6 +133,23 @@ def test_mma_reads_every_element_at_its_own_place(layouts):
         left, right = fragment(a, A16, 4).view(torch.int32), fragment(b, B16, 2).view(torch.int32)
         machine.call("multiply_f16", machine.input(left, "a"), machine.input(right, "b"), sums)
         assert torch.equal(sums, fragment(expected, D, 4))
+
+
+def test_tf32_is_the_nearest_and_keeps_what_is_no_number(layouts):
+    unit = 2.0**-10  # of tf32 at 1
+    odd = torch.tensor([0.0, -0.0, 1.0, 1 + unit / 2, 1 + unit * 0.499, -1 - unit / 2, 2 - unit / 2, 2 - unit * 0.51,
+                        2.0**-126, 3.0e38, 3.4028e38, -3.4028e38, torch.inf, -torch.inf, torch.nan])  # fmt: skip
+    given = torch.cat([odd, -torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32),
+                       torch.randn(16, generator=torch.Generator().manual_seed(9))])  # fmt: skip
+    machine = Machine(layouts)
+    rounded = machine.uninitialised(torch.empty(32), "rounded")
+    assert machine.call("round_to_tf32", machine.input(given, "given"), rounded) == 0
+    machine.assert_clean()
+    numbers = given.isfinite() & (given.abs() < 3.4e38)
+    assert torch.equal(rounded[numbers].view(torch.int32), as_tf32(given[numbers]).view(torch.int32))
+    assert torch.equal(rounded[10:12], torch.tensor([torch.inf, -torch.inf]))  # beyond the largest
+    assert torch.equal(rounded[12:14], given[12:14])
+    assert rounded[14:16].isnan().all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

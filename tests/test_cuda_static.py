@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
 
 from cuda_code import ARCHITECTURES, HALF, UNITS, Kernel, fingerprint, kernel_of, tile_loops, words_of
 from cuda_table import Row, faults_of, load, release_of, rows_of
-from machine_code import natural_loops, parse_sass
+from machine_code import Instruction, natural_loops, parse_sass
 
 from prefix_fast.cuda_build import find_toolkit
 
@@ -31,18 +31,13 @@ def test_table_is_of_the_present_sources() -> None:
     assert len(TABLE) > 600
 
 
-# Most spills in loops, and largest ratio to Triton's. The short prefix keeps queries and their gradients in shared
-# memory, since the prefix's gradients fill the registers. Rows of tf32 take twice the shared memory, so few warps share
-# a tile, and each thread rounds what it has copied. Tiles of 256 dims are small.
+# Most spills in loops, and largest ratio to Triton's. Sums of 256 dims leave half of the registers for options; those
+# in loops are in the loop over readers, not over tiles. Products of tf32 read rounded numbers, Triton's cut them off:
+# where float32 rows leave room for few warps, each thread rounds many.
 TOLERATED = {
-    ("half", "short", 96, ""): (0, 1.42),
-    ("half", "dq", 256, ""): (0, 1.15),
-    ("half", "dkv", 256, "options keys"): (2, 0),
-    ("half", "decode", 256, "options"): (1, 0),
-    ("fp32", "decode", 128, ""): (0, 1.25),
-    ("tf32", "dq", 128, ""): (0, 1.54),
-    ("tf32", "dkv", 64, ""): (0, 1.23),
-    ("tf32", "dkv", 128, ""): (0, 1.77),
+    ("half", "dkv", 256, "options keys"): (6, 0),
+    ("half", "decode", 256, "options"): (0, 0),
+    ("tf32", "dq", 128, ""): (0, 1.3),
 }
 
 
@@ -113,19 +108,41 @@ def test_kernels_are_known_by_their_symbols() -> None:
         kernel_of("_Z3addPf")
 
 
-def test_loops_of_products_within_a_tile_count_their_turns() -> None:
-    listing = "\n".join(f"        /*{16 * n:04x}*/  {line} ;  /* 0x0 */" for n, line in enumerate((
+def program_of(*lines: str) -> tuple[list[Instruction], list[frozenset[int]]]:
+    listing = "\n".join(f"        /*{16 * n:04x}*/  {line} ;  /* 0x0 */" for n, line in enumerate(lines))
+    program = parse_sass(listing)
+    return program, natural_loops(program)
+
+
+@pytest.mark.parametrize(("add", "compare"), [
+    ("IADD3 R10, R10, {}, RZ", "ISETP.GE.U32.AND P0, PT, R10, 0x40, PT"),
+    ("IADD3 R10, PT, PT, R10, {}, RZ", "ISETP.GE.U32.AND P0, PT, R10, 0x40, PT"),  # of sm_100
+    ("VIADD R10, R10, {}", "ISETP.GE.U32.AND P0, PT, R10, 0x40, PT"),
+    ("UIADD3 UR4, UPT, UPT, UR4, {}, URZ", "UISETP.GE.U32.AND UP0, UPT, UR4, 0x40, UPT"),
+])  # fmt: skip
+@pytest.mark.parametrize("step", [4, 8])
+def test_loops_of_products_within_a_tile_count_their_turns(add: str, compare: str, step: int) -> None:
+    lines = (
         "MOV R1, R2",
         "IADD3 R3, R3, 0x1, RZ",  # 0x10: a tile
-        "FFMA R4, R5, R6, R4",  # 0x20: four columns of the head dim
+        "FFMA R4, R5, R6, R4",  # 0x20: some columns of the head dim
+        add.format(hex(step)),
+        compare,
         "@P0 BRA 0x20",
         "FFMA R7, R8, R9, R7",
         "@P1 BRA 0x10",
         "EXIT",
-    )))  # fmt: skip
-    program = parse_sass(listing)
-    assert tile_loops(program, natural_loops(program), 16) == [(3 + 2 * 16, 1 + 16)]
-    assert tile_loops(program, natural_loops(program), 1) == [(2, 1)]
+    )
+    assert tile_loops(*program_of(*lines), 64) == [(3 + 4 * (64 // step), 1 + 64 // step)]
+    assert tile_loops(*program_of(*lines), 0) == [(4, 1)]
+    with pytest.raises(LookupError, match="no counter up to 128"):
+        tile_loops(*program_of(*lines), 128)
+
+
+def test_turns_of_a_loop_that_writes_results_are_not_known() -> None:
+    lines = ("MOV R1, R2", "IADD3 R3, R3, 0x1, RZ", "FFMA R4, R5, R6, R4", "STG.E [R2.64], R4", "@P0 BRA 0x20",
+             "@P1 BRA 0x10", "EXIT")  # fmt: skip
+    assert tile_loops(*program_of(*lines), 64) == [(5, 1)]
 
 
 def test_comments_alone_do_not_make_a_table_stale() -> None:

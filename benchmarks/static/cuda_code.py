@@ -86,10 +86,9 @@ def _codes(binary: Path, architecture: int, kind: str) -> dict[Kernel, Code]:
         symbol = part.split()[0]
         kernel, program = kernel_of(symbol), parse_sass(part)
         bodies = natural_loops(program)
-        turns = kernel.head_dim // 4 if kind == "fp32" else 1
         found[kernel] = Code(
             *usage_of(usage[symbol]), *spills_of(program, bodies), int(threads[symbol], 16),
-            tuple(tile_loops(program, bodies, turns)),
+            tuple(tile_loops(program, bodies, kernel.head_dim if kind == "fp32" else 0)),
         )  # fmt: skip
     return found
 
@@ -104,18 +103,37 @@ def kernel_of(symbol: str) -> Kernel:
     return Kernel(match["name"], int(dims[0]) if dims else 0, flags)
 
 
-def tile_loops(program: Sequence[Instruction], bodies: list[frozenset[int]], turns: int) -> list[tuple[int, int]]:
-    """Instructions and products of one turn of each loop over tiles; loops of products alone within it have `turns`."""
-    if turns == 1:
+def tile_loops(program: Sequence[Instruction], bodies: list[frozenset[int]], dims: int) -> list[tuple[int, int]]:
+    """Instructions and products of one turn of each loop over tiles.
+
+    `dims`: how far the loops of products within it count, each by steps of its own; 0: there are none.
+    """
+    if dims == 0:
         return [(loop.instructions, loop.matrix) for loop in matrix_loops(program, bodies)]
     counted, holding = holding_loops(program, bodies)
     inner = innermost(holding)
     loops = []
     for body in innermost([body for body in holding if body not in inner]):
-        within = set().union(*(other for other in inner if other < body))
-        products = sum((turns if i in within else 1) * counted(program[i]) for i in body)
-        loops.append((len(body) + (turns - 1) * len(within), products))
+        more = {i: _turns(program, other, dims) - 1 for other in inner if other < body for i in other}
+        products = sum((1 + more.get(i, 0)) * counted(program[i]) for i in body)
+        loops.append((len(body) + sum(more.values()), products))
     return loops
+
+
+def _turns(program: Sequence[Instruction], body: frozenset[int], dims: int) -> int:
+    """Of a loop of products, by the register in it that is compared with `dims`, and what is added to it.
+
+    A loop that writes results is that of the merge, whose turns are not known.
+    """
+    texts = [program[i].text for i in body]
+    if any("STG" in text for text in texts):
+        return 1
+    bounds = {match[1] for text in texts if (match := re.search(rf"ISETP\S* \w+, \w+, (\w+), {dims:#x},", text))}
+    added = (re.search(r"ADD3? (\w+), (?:U?PT, U?PT, )?\1, (0x\w+)", text) for text in texts)
+    steps = [int(match[2], 16) for match in added if match and match[1] in bounds]
+    if len(steps) != 1:
+        raise LookupError(f"a loop of products has no counter up to {dims}: {texts}")
+    return dims // steps[0]
 
 
 def fingerprint(kernel: str, kind: str) -> str:

@@ -26,10 +26,10 @@ struct DkvShape {
     static constexpr int kThreads = kWarps * kWarp, kKeys = 16 * kWarps;
     static constexpr bool kInRegisters = kIsHalf<T> && kKept;  // the keys and values
     static constexpr int kTileElements = kQueries * kPitch<T, D>;
-    static constexpr int kPipelineBytes = 2 * kStages * kTileElements * int{sizeof(S)};
-    static constexpr int kLevelBytes = 2 * kStages * kQueries * int{sizeof(float)};
+    static constexpr int kStageBytes = 2 * kTileElements * int{sizeof(S)};
+    static constexpr int kPipelineBytes = kStages * kStageBytes;
     static constexpr int kKeyBytes = kInRegisters ? 0 : kKeys * kPitch<T, D> * int{sizeof(S)};
-    static constexpr int kSharedBytes = kPipelineBytes + 2 * kKeyBytes + kLevelBytes;
+    static constexpr int kSharedBytes = kPipelineBytes + 2 * kKeyBytes;
     using Keys = std::conditional_t<kInRegisters, RegisterRows<T, 1, D>, SharedRows<T, D>>;
 
     __device__ static int first_row() { return warp() * 16; }
@@ -43,8 +43,7 @@ struct DkvShapeOf<T, 80, kOptions> : DkvShape<T, 80, 4, kIsHalf<T> ? 32 : 16, !k
 template <typename T, bool kOptions>
 struct DkvShapeOf<T, 96, kOptions> : DkvShape<T, 96, 4, kIsHalf<T> && !kOptions ? 32 : 16, !kOptions> {};
 template <typename T, bool kOptions>
-struct DkvShapeOf<T, 128, kOptions>
-    : DkvShape<T, 128, kIsHalf<T> ? 4 : 2, kIsHalf<T> && !kOptions ? 32 : 16, false> {};
+struct DkvShapeOf<T, 128, kOptions> : DkvShape<T, 128, 4, kIsHalf<T> && !kOptions ? 32 : 16, false> {};
 template <typename T, bool kOptions>
 struct DkvShapeOf<T, 256, kOptions> : DkvShape<T, 256, 2, kIsHalf<T> ? 16 : 8, false, false> {};
 
@@ -68,46 +67,25 @@ __device__ inline KeyBounds query_bounds(int first_key, int last_key, int begin,
 struct Reader {
     ReaderPosition position;
     const char *query, *grad;  // at query 0
-    const float *levels, *deltas;
-    int count;
+    const float* levels;
 };
 
 // How this thread copies them to a stage of the pipeline: queries, gradients, lse and δ.
 template <typename Shape>
-struct ReaderCopy {
-    using T = typename Shape::T;
-    using S = typename Shape::S;
-    static constexpr int kLevels = 2 * Shape::kQueries;
-    TileCopy<T, Shape::kQueries, Shape::D, Shape::kThreads> queries, grads;
-    const float *levels, *deltas;
+struct ReaderCopy : PairCopy<Shape, Shape::kQueries> {
+    using Pair = PairCopy<Shape, Shape::kQueries>;
+    LevelCopy<typename Shape::T, Shape::D, Shape::kQueries, Shape::kThreads> levels;
 
     __device__ ReaderCopy(const Call& call, const Saved& saved, const Reader& reader)
-        : queries(reader.query, call.query.token, reader.count, call.head_dim, false),
-          grads(reader.grad, saved.grad_out.token, reader.count, call.head_dim, false),
-          levels(reader.levels),
-          deltas(reader.deltas - Shape::kQueries) {}
+        : Pair{{reader.query, call.query.token, reader.position.count, call.head_dim, false},
+               {reader.grad, saved.grad_out.token, reader.position.count, call.head_dim, false}},
+          levels{reader.levels, saved.deltas + (reader.levels - saved.levels)} {}
 
-    __device__ static S* tile(int stage) {
-        return reinterpret_cast<S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
-    }
-    __device__ static float* levels_of(int stage) {
-        return reinterpret_cast<float*>(dynamic_shared + Shape::kSharedBytes - Shape::kLevelBytes) +
-               stage * kLevels;
-    }
     template <typename Simple>
     __device__ void load(int start, int stage, Simple) const {
-        queries.load(tile(stage), start);
-        grads.load(tile(stage) + Shape::kTileElements, start);
-#pragma unroll
-        for (int first = 0; first < kLevels; first += Shape::kThreads) {
-            const int i = first + threadIdx.x;
-            if (kLevels % Shape::kThreads != 0 && i >= kLevels) break;
-            cp_async_4(levels_of(stage) + i, (i < Shape::kQueries ? levels : deltas) + start + i, true);
-        }
-    }
-    __device__ void arrived(int stage) const {
-        queries.arrived(tile(stage));
-        grads.arrived(tile(stage) + Shape::kTileElements);
+        Pair::first.load(Pair::tile(stage), start);
+        Pair::second.load(Pair::second_tile(stage), start);
+        levels.load(Pair::tile(stage), start);
     }
 };
 
@@ -123,29 +101,44 @@ __device__ inline void gather(const Call& call, const Saved& saved, const Reader
     constexpr int N = Shape::kQueries / 8, D = Shape::D;
     const ReaderCopy<Shape> copy(call, saved, reader);
     const auto use = [&](int start, int stage, auto edge) {
-        const S* queries = copy.tile(stage);
-        const float* level = copy.levels_of(stage);
-        const QueryColumns columns{start, level, level + Shape::kQueries};
+        const QueryColumns<T, D> queries{start, copy.tile(stage)};
+        const S* grads = copy.second_tile(stage);
         float weights[N][4];
         ScoreParts<N, kOptions> parts;
-        key_weights<Shape, kOptions>(call, reader.position, block, columns, edge, keys, queries, weights,
-                                     parts);
+        key_weights<Shape, kOptions>(call, reader.position, block, queries, edge, keys, weights, parts);
         if constexpr (kValue) {
             float kept[1][N][4];
             kept_weights(call, weights, parts, kept[0]);
-            if (block.want_value) multiply_weights<T, 1, N, D>(dv, kept, queries + Shape::kTileElements);
+            add_gradients<T, 1, N, D>(dv, kept, grads);
         }
         if constexpr (kKey) {
-            if (block.want_key) {
-                float dp[N][4], ds[1][N][4];
-                fill_zero_tile(dp);
-                multiply_rows_of<T, N, D>(dp, values, queries + Shape::kTileElements);
-                score_gradients(call, weights, dp, columns, parts, ds[0]);
-                multiply_weights<T, 1, N, D>(dk, ds, queries);
-            }
+            float dp[N][4], ds[1][N][4];
+            fill_zero_tile(dp);
+            multiply_rows_of<T, N, D>(dp, values, grads);
+            score_gradients(call, weights, dp, queries, parts, ds[0]);
+            add_gradients<T, 1, N, D>(dk, ds, queries.rows);
         }
     };
     pipeline<Shape::kStages, !kOptions>(list, Constant<true>{}, copy, use);
+}
+
+// A block of keys of a segment.
+__device__ inline KeyBlock key_block(const Call& call, const KeyGradients& grads, int unit, int first) {
+    const SegmentSet& set = grads.of;
+    const bool own = grads.set == call.num_sets;
+    const Span span = span_of(unit, set.cu_seqlens, set.size);
+    KeyBlock block;
+    block.set = grads.set;
+    block.first = first;
+    block.size = span.count;
+    block.valid = valid_span_of(set, unit).count;
+    block.token = span.first;
+    block.mask = {own && call.key_mask != nullptr ? call.key_mask + unit * call.mask_unit : nullptr,
+                  call.mask_token};
+    block.causal = own && call.causal;
+    block.slides = call.has_window && (own || set.in_window);
+    block.bias = &set.bias;
+    return block;
 }
 
 // Grid: (key tiles of all segments × splits of the readers × splits of their queries, Hkv), for one set.
@@ -156,7 +149,7 @@ __global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThrea
     using T = typename Shape::T;
     using S = typename Shape::S;
     constexpr int D = Shape::D;
-    const SegmentSet& set = call.sets[grads.set];
+    const SegmentSet& set = grads.of;
     const bool own = grads.set == call.num_sets;
     const int group = call.heads / call.kv_heads, kv_head = blockIdx.y;
     const int part = blockIdx.x / grads.tiles, index = blockIdx.x % grads.tiles;
@@ -168,20 +161,8 @@ __global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThrea
     } else {
         packed_tile(index, set.cu_seqlens, set.count, 1, Shape::kKeys, &unit, &tile);
     }
-    const Span span = span_of(unit, set.cu_seqlens, set.size);
-    KeyBlock block;
-    block.set = grads.set;
-    block.first = tile * Shape::kKeys;
-    if (block.first >= span.count) return;
-    block.size = span.count;
-    block.valid = valid_span_of(set, unit).count;
-    block.token = span.first;
-    block.mask = {own && call.key_mask != nullptr ? call.key_mask + unit * call.mask_unit : nullptr,
-                  call.mask_token};
-    block.causal = own && call.causal;
-    block.slides = slides(call, grads.set);
-    block.want_key = grads.key.data != nullptr || grads.key_parts != nullptr;
-    block.want_value = grads.value.data != nullptr || grads.value_parts != nullptr;
+    const KeyBlock block = key_block(call, grads, unit, tile * Shape::kKeys);
+    if (block.first >= block.size) return;
 
     typename Shape::Keys keys, values;
     load_block<Shape>(call, set, block, unit, kv_head, keys, values);
@@ -207,31 +188,31 @@ __global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThrea
         const int head = kv_head * group + pair % group;
         const Span queries = span_of(row, call.cu_seqlens_q, call.max_queries);
         reader.position = {row, head, offset_of(call, row),
-                           !own && block.slides ? -windowed_length(call, row, grads.set) : 0};
-        reader.count = queries.count;
+                           !own && block.slides ? -windowed_length(call, row, grads.set) : 0, queries.count};
         reader.query = static_cast<const char*>(call.query.data) +
                        offset_bytes(call.query, row, head, queries.first, sizeof(S));
         reader.grad = static_cast<const char*>(saved.grad_out.data) +
                       offset_bytes(saved.grad_out, row, head, queries.first, sizeof(S));
         const int64_t scratch = head * saved.capacity + scratch_start(call, row);
         reader.levels = saved.levels + scratch;
-        reader.deltas = saved.deltas + scratch;
         const KeyBounds bounds =
-            query_bounds(block.first, last_key, reader.position.begin, reader.position.offset, reader.count,
+            query_bounds(block.first, last_key, reader.position.begin, reader.position.offset, queries.count,
                          call.window, block.causal, block.slides, Shape::kQueries);
         const auto list =
             TileList<Shape::kQueries>::of(bounds, false, query_split * chunk, query_split * chunk + chunk);
         gather<Shape, kOptions, kKey, kValue>(call, saved, reader, list, block, keys, values, dk, dv);
     }
+    // Asked for again: what only the stores need would take registers from the loops.
+    const KeyBlock stored = key_block(call, grads, unit, tile * Shape::kKeys);
     if constexpr (kKey) {
-        if (block.want_key) {
-            store_gradients<T, D>(call, block, grads.key, grads.key_parts, part * grads.key_part, unit,
+        if (grads.key.data != nullptr) {
+            store_gradients<T, D>(call, stored, grads.key, grads.key_parts, part * grads.key_part, unit,
                                   kv_head, set.is_float32, dk, call.scale);
         }
     }
     if constexpr (kValue) {
-        if (block.want_value) {
-            store_gradients<T, D>(call, block, grads.value, grads.value_parts, part * grads.value_part, unit,
+        if (grads.value.data != nullptr) {
+            store_gradients<T, D>(call, stored, grads.value, grads.value_parts, part * grads.value_part, unit,
                                   kv_head, set.is_float32, dv, 1);
         }
     }

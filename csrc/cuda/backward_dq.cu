@@ -16,7 +16,7 @@ namespace prefix_fast::cuda {
 constexpr int kPrepareThreads = 128;
 constexpr int kLanesOfRow = 8;
 
-// Σ of the products of 16 bytes of two rows.
+// Σ of the products of 16 bytes of two rows, the second's as `factors_of` made them.
 template <typename T>
 __device__ inline float dot_chunk(uint4 a, uint4 b) {
     const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
@@ -27,7 +27,7 @@ __device__ inline float dot_chunk(uint4 a, uint4 b) {
             const float2 u = unpacked<T>(x[i]), v = unpacked<T>(y[i]);
             sum += u.x * v.x + u.y * v.y;
         } else {
-            sum += as_float(x[i]) * as_float(y[i]);
+            sum += as_float(x[i]) * (std::is_same_v<T, Tf32> ? tf32_of(y[i]) : as_float(y[i]));
         }
     }
     return sum;
@@ -136,17 +136,15 @@ __global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThrea
             descend_tile<Shape, kOptions>(call, queries, grads, rows, levels, tile, edge, keys, sums);
         });
     }
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int place = Shape::first_row() + 16 * m + 8 * half + lane_row();
-            if (query.first + place >= query.count) continue;
-            char* row = static_cast<char*>(target.data) +
-                        offset_bytes(target, query.row, head, query.token + place, sizeof(S));
-            store_row<T, D>(row, call.head_dim, sums[m], half, call.scale);
-        }
-    }
+    // Asked for again: what only the stores need would take registers from the loops.
+    const Span span = span_of(query.row, call.cu_seqlens_q, call.max_queries);
+    for_each_gradient_row<T, M, D>(sums, [&](int of_warp, const auto& columns) {
+        const int place = query.first + Shape::first_row() + of_warp;
+        if (place >= span.count) return;
+        char* row = static_cast<char*>(target.data) +
+                    offset_bytes(target, query.row, head, span.first + place, sizeof(S));
+        store_row<S>(row, call.head_dim, call.scale, columns);
+    });
 }
 
 template <typename T>

@@ -96,6 +96,7 @@ struct SetGradients {
         const SegmentSet& set = call.sets[index];
         const bool packed = set.cu_seqlens.data != nullptr;
         grads.set = index;
+        grads.of = set;
         grads.key = read_tokens(key, packed);
         grads.value = read_tokens(value, packed);
         grads.splits = grads.query_splits = 1;

@@ -75,10 +75,10 @@ struct Call {
     int32_t dtype;
     int32_t fixed_offset, own_offset;  // own_offset: the offset is each packed row's Tk - Tq
     int32_t causal, has_window, window;
-    int32_t tf32;          // products of float32 on tensor cores
-    float scale, softcap;  // softcap 0: none
-    uint32_t threshold;    // a weight is kept when its random word reaches it
-    float kept_share;
+    int32_t tf32;                     // products of float32 on tensor cores
+    float scale, softcap;             // softcap 0: none
+    uint32_t threshold;               // a weight is kept when its random word reaches it
+    float kept_share, inverse_share;  // of the weights that dropout keeps, and 1 over it
 };
 
 // What a forward pass writes.
@@ -102,6 +102,7 @@ struct KeyGradients {
     float* key_parts;  // [splits · query_splits, like the tensor] float32; absent: written at once
     float* value_parts;
     int64_t key_part, value_part;  // elements of one part
+    SegmentSet of;                 // call.sets[set]: what is read of it has a fixed place here
     int32_t set;
     int32_t tiles;         // of keys, of all segments
     int32_t splits;        // of a segment's readers

@@ -17,8 +17,9 @@
 namespace prefix_fast::cuda {
 
 constexpr int kFewQueries = 16;
-template <int D>
-constexpr int kFoldPitch = D + 8;  // of rows of float32 sums: four rows of eight are in different banks
+// Of rows of float32 sums: those that a warp stores at once are in different banks.
+template <typename T, int D>
+constexpr int kFoldPitch = D + (std::is_same_v<T, float> ? 4 : 8);
 
 // Tiles of many queries (a warp has 16 of them) and of few (the warps share 16).
 template <typename T, int D, bool kOptions>
@@ -30,7 +31,7 @@ struct DecodeShapes {
     using Few = ForwardShape<T, D, 1, kWarps, kKeysOfWarp * kWarps, 2, kWarps, kMost>;
     static constexpr int kThreads = Many::kThreads;
     static constexpr int kFolds =
-        kWarps * kFewQueries * (kFoldPitch<D> + 2) * int{sizeof(float)};  // of the warps that share keys
+        kWarps * kFewQueries * (kFoldPitch<T, D> + 2) * int{sizeof(float)};  // of the warps that share keys
     static constexpr int kSharedBytes = Many::kSharedBytes > kFolds ? Many::kSharedBytes : kFolds;
 };
 
@@ -104,9 +105,10 @@ template <typename Shape>
 __device__ inline void fold_warps(const Call& call, const Partials& partials, const FoldedTile& tile,
                                   int kv_head, const State<1>& state, const float (&sums)[1][Shape::D / 8][4],
                                   bool natural) {
+    using T = typename Shape::T;
     constexpr int D = Shape::D, kWarps = Shape::kKeyWarps;
-    auto* outs = reinterpret_cast<float*>(dynamic_shared);        // [warps][16][kFoldPitch]
-    float* maxima = outs + kWarps * kFewQueries * kFoldPitch<D>;  // [warps][16]
+    auto* outs = reinterpret_cast<float*>(dynamic_shared);           // [warps][16][kFoldPitch]
+    float* maxima = outs + kWarps * kFewQueries * kFoldPitch<T, D>;  // [warps][16]
     float* totals = maxima + kWarps * kFewQueries;
     __syncthreads();  // the tiles of keys have been read
 #pragma unroll
@@ -114,12 +116,10 @@ __device__ inline void fold_warps(const Call& call, const Partials& partials, co
         const int row = warp() * kFewQueries + 8 * half + lane_row();
         const float total = sum_of_row(state.total[0][half]);
         if (lane() % 4 == 0) maxima[row] = state.maximum[0][half], totals[row] = total;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-            store_shared_8(
-                outs + row * kFoldPitch<D> + 8 * n + lane_column(),
-                uint2{__float_as_uint(sums[0][n][2 * half]), __float_as_uint(sums[0][n][2 * half + 1])});
-        }
+        float* out = outs + row * kFoldPitch<T, D>;
+        for_each_columns<T, D>(sums[0], half, [&](int column, auto values) {
+            store_columns<float>(reinterpret_cast<char*>(out), column, values);
+        });
     }
     __syncthreads();
     const float to_base_2 = natural ? kLog2e : 1;
@@ -145,7 +145,7 @@ __device__ inline void fold_warps(const Call& call, const Partials& partials, co
             float sum = 0;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w)
-                sum += outs[(w * kFewQueries + place) * kFoldPitch<D> + d] * factors[w];
+                sum += outs[(w * kFewQueries + place) * kFoldPitch<T, D> + d] * factors[w];
             partials.out[slot * call.head_dim + d] = sum * inverse;
         }
     }
@@ -170,13 +170,10 @@ __device__ inline void store_part(const Call& call, const Partials& partials, co
                 total == 0 ? -infinity() : (natural ? largest : largest * kLn2) + logf(total);
         }
         if (total == 0) continue;
-#pragma unroll
-        for (int n = 0; n < Shape::D / 8; ++n) {
-            if (8 * n >= call.head_dim) break;
-            store_global_8(partials.out + slot * call.head_dim + 8 * n + lane_column(),
-                           uint2{__float_as_uint(sums[0][n][2 * half] * inverse),
-                                 __float_as_uint(sums[0][n][2 * half + 1] * inverse)});
-        }
+        auto* out = reinterpret_cast<char*>(partials.out + slot * call.head_dim);
+        store_row<float>(out, call.head_dim, inverse, [&](const auto& each) {
+            for_each_columns<typename Shape::T, Shape::D>(sums[0], half, each);
+        });
     }
 }
 

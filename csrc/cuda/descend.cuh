@@ -45,18 +45,18 @@ __device__ inline void descend_tile(const Call& call, const typename Shape::Quer
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 scores[m][n][i] = exponential<kOptions>(scores[m][n][i], unit, levels.level[m][i / 2]);
+                if (kOptions && call.softcap != 0) scores[m][n][i] *= slopes[m][n][i];
             }
         }
     }
     if (edge) hide(scores, 0, rows, tile, call.window);
     if (kOptions && call.seed != nullptr) {
-        const float inverse = 1 / call.kept_share;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             for_each_kept<N>(call, rows.row[m], rows.head[m], rows.token[m], tile,
                              [&](int n, int half, int c, bool kept) {
                                  float& value = dp[m][n][2 * half + c];
-                                 value = kept ? value * inverse : 0;
+                                 value = kept ? value * call.inverse_share : 0;
                              });
         }
     }
@@ -67,11 +67,10 @@ __device__ inline void descend_tile(const Call& call, const typename Shape::Quer
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 scores[m][n][i] *= dp[m][n][i] - levels.delta[m][i / 2];
-                if (kOptions && call.softcap != 0) scores[m][n][i] *= slopes[m][n][i];
             }
         }
     }
-    multiply_weights<T, M, N, D>(sums, scores, keys);
+    add_gradients<T, M, N, D>(sums, scores, keys);
 }
 
 }  // namespace prefix_fast::cuda

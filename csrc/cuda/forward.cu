@@ -49,7 +49,9 @@ __device__ inline void store_results(const Call& call, const Results& results, c
             const int64_t token = tile.token + place;
             char* row = static_cast<char*>(results.out.data) +
                         offset_bytes(results.out, tile.row, head, token, sizeof(typename Shape::S));
-            store_row<typename Shape::T, Shape::D>(row, call.head_dim, sums[m], half, normal.inverse);
+            store_row<typename Shape::S>(row, call.head_dim, normal.inverse, [&](const auto& each) {
+                for_each_columns<typename Shape::T, Shape::D>(sums[m], half, each);
+            });
             if (lane() % 4 == 0) {
                 const Levels& lse = results.lse;
                 lse.data[tile.row * lse.unit + head * lse.head + token * lse.token] = normal.lse;

@@ -16,18 +16,53 @@ struct KeyBlock {
     int set, first, valid, size;  // first key; keys that are valid, and that exist, of the segment
     int64_t token;                // of the segment's first key
     KeyMask mask;
-    bool causal, slides, want_key, want_value;
+    bool causal, slides;
+    const Bias* bias;  // with options
 };
 
-// A row and head, the position of its query 0 among its own tokens, and of the segment's key 0.
+// A row and head, the position of its query 0 among its own tokens, and of the segment's key 0; its queries.
 struct ReaderPosition {
-    int row, head, offset, begin;
+    int row, head, offset, begin, count;
 };
 
-// A tile of its queries: lse and δ of each lie in shared memory.
+// A tile of its queries, in shared memory. lse and δ lie in the padding of the rows: of queries 2i and 2i + 1
+// behind row 2i, so that a lane's pair is one load.
+template <typename T, int D>
 struct QueryColumns {
     int start;
-    const float *levels, *deltas;
+    const Storage<T>* rows;
+
+    __device__ static float* level_of(Storage<T>* rows, int query) {
+        return reinterpret_cast<float*>(rows + query / 2 * 2 * kPitch<T, D> + D) + query % 2;
+    }
+    __device__ static float* delta_of(Storage<T>* rows, int query) { return level_of(rows, query) + 2; }
+
+    // lse or δ of the queries 8n + lane_column() and the next.
+    __device__ float2 levels(int n) const { return pair(n, 0); }
+    __device__ float2 deltas(int n) const { return pair(n, 2); }
+
+  private:
+    __device__ float2 pair(int n, int first) const {
+        const auto* row = rows + (8 * n + lane_column()) * kPitch<T, D> + D;
+        const uint2 bits = load_shared_8(reinterpret_cast<const float*>(row) + first);
+        return {as_float(bits.x), as_float(bits.y)};
+    }
+};
+
+// How this thread copies them there, asynchronously: lse or δ of one query of a tile.
+template <typename T, int D, int kQueries, int kThreads>
+struct LevelCopy {
+    static_assert(2 * kQueries <= kThreads);
+    const float *levels, *deltas;  // of the query at start 0
+
+    __device__ void load(Storage<T>* rows, int start) const {
+        using Columns = QueryColumns<T, D>;
+        if (threadIdx.x >= 2 * kQueries) return;
+        const bool is_delta = threadIdx.x >= kQueries;
+        const int query = threadIdx.x % kQueries;
+        cp_async_4(is_delta ? Columns::delta_of(rows, query) : Columns::level_of(rows, query),
+                   (is_delta ? deltas : levels) + start + query, true);
+    }
 };
 
 // What a tile of scores had besides weights; nothing without options.
@@ -37,7 +72,6 @@ template <int N>
 struct ScoreParts<N, true> {
     float slopes[N][4];
     uint32_t kept[(4 * N + 31) / 32];  // bits of weights that dropout keeps
-    float inverse;                     // of the share that it keeps
 };
 
 template <int N>
@@ -98,7 +132,7 @@ __device__ inline void load_block(const Call& call, const SegmentSet& set, const
 // they exchange words.
 template <int N>
 __device__ inline void draw_kept(const Call& call, const ReaderPosition& reader, const KeyBlock& block,
-                                 const QueryColumns& columns, ScoreParts<N, true>& parts) {
+                                 int start, ScoreParts<N, true>& parts) {
     const uint64_t seed = *call.seed;
     const uint32_t stream = reader.row * call.heads + reader.head;
     const int mine = lane_row() % 4;  // counter that this lane draws: query mine % 2, keys g + 8 (mine / 2)
@@ -107,7 +141,7 @@ __device__ inline void draw_kept(const Call& call, const ReaderPosition& reader,
     for (uint32_t& bits : parts.kept) bits = 0;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-        const uint32_t query = columns.start + 8 * n + lane_column() + mine % 2;
+        const uint32_t query = start + 8 * n + lane_column() + mine % 2;
         const Words words = philox(seed, query, key / 4, stream, block.set);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
@@ -130,7 +164,7 @@ __device__ inline void draw_kept(const Call& call, const ReaderPosition& reader,
 // Hides what queries do not see of keys that are present: weights 0.
 template <int N>
 __device__ inline void hide_queries(const Call& call, const ReaderPosition& reader, const KeyBlock& block,
-                                    const QueryColumns& columns, float (&weights)[N][4]) {
+                                    int start, float (&weights)[N][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int key = block.first + warp() * 16 + 8 * half + lane_row() - reader.offset;
@@ -140,7 +174,7 @@ __device__ inline void hide_queries(const Call& call, const ReaderPosition& read
         for (int n = 0; n < N; ++n) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const int query = columns.start + 8 * n + lane_column() + c;
+                const int query = start + 8 * n + lane_column() + c;
                 if (query < first || query > last) weights[n][2 * half + c] = 0;
             }
         }
@@ -149,57 +183,60 @@ __device__ inline void hide_queries(const Call& call, const ReaderPosition& read
 
 template <int N>
 __device__ inline void add_bias_of_keys(const Call& call, const Bias& bias, const ReaderPosition& reader,
-                                        const KeyBlock& block, const QueryColumns& columns,
-                                        float (&scores)[N][4]) {
-    const int64_t base = reader.row * bias.row + reader.head * bias.head;
-    const int count = span_of(reader.row, call.cu_seqlens_q, call.max_queries).count;
+                                        const KeyBlock& block, int start, float (&scores)[N][4]) {
+    with_bias(bias, [&](const auto& element) {
+        const int first = start + lane_column();
+        const int64_t step = bias.query * element.kBytes;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int key = block.first + warp() * 16 + 8 * half + lane_row();
+        for (int half = 0; half < 2; ++half) {
+            const int key = block.first + warp() * 16 + 8 * half + lane_row();
+            const int queries = key < block.valid ? reader.count : 0;
+            const char* at =
+                static_cast<const char*>(bias.data) + first * step +
+                (reader.row * bias.row + reader.head * bias.head + key * bias.key) * element.kBytes;
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
+            for (int n = 0; n < N; ++n) {
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int query = columns.start + 8 * n + lane_column() + c;
-                if (key < block.valid && query < count) {
-                    scores[n][2 * half + c] +=
-                        read_float(bias.data, base + query * bias.query + key * bias.key, bias.dtype);
+                for (int c = 0; c < 2; ++c) {
+                    if (first + 8 * n + c < queries) scores[n][2 * half + c] += element(at);
+                    at += (c == 0 ? 1 : 7) * step;
                 }
             }
         }
-    }
+    });
 }
 
 // Weights of a tile before dropout. edge: some query may not see some key.
-template <typename Shape, bool kOptions, typename Edge, int N>
+template <typename Shape, bool kOptions, typename Edge, int N, typename Columns>
 __device__ inline void key_weights(const Call& call, const ReaderPosition& reader, const KeyBlock& block,
-                                   const QueryColumns& columns, Edge edge, const typename Shape::Keys& keys,
-                                   const typename Shape::S* queries, float (&weights)[N][4],
-                                   ScoreParts<N, kOptions>& parts) {
+                                   const Columns& queries, Edge edge, const typename Shape::Keys& keys,
+                                   float (&weights)[N][4], ScoreParts<N, kOptions>& parts) {
+    if constexpr (kOptions) {
+        if (call.seed != nullptr) {  // before the product: it needs the registers
+            draw_kept(call, reader, block, queries.start, parts);
+        }
+    }
     fill_zero_tile(weights);
-    multiply_rows_of<typename Shape::T, N, Shape::D>(weights, keys, queries);
+    multiply_rows_of<typename Shape::T, N, Shape::D>(weights, keys, queries.rows);
     if constexpr (kOptions) {
         if (call.softcap != 0) {
             apply_softcap(weights, parts.slopes, call.scale, call.softcap);
         } else {
             apply_scale(weights, call.scale);
         }
-        const Bias& bias = call.sets[block.set].bias;
-        if (bias.data != nullptr) add_bias_of_keys(call, bias, reader, block, columns, weights);
-        if (call.seed != nullptr) {
-            draw_kept(call, reader, block, columns, parts);
-            parts.inverse = 1 / call.kept_share;
-        }
+        if (block.bias->data != nullptr)
+            add_bias_of_keys(call, *block.bias, reader, block, queries.start, weights);
     }
     const float unit = unit_of<kOptions>(call.scale);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-        const uint2 pair = load_shared_8(columns.levels + 8 * n + lane_column());
-        const float levels[2] = {as_float(pair.x), as_float(pair.y)};
+        const float2 levels = queries.levels(n);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weights[n][i] = exponential<kOptions>(weights[n][i], unit, levels[i % 2]);
+        for (int i = 0; i < 4; ++i) {
+            weights[n][i] = exponential<kOptions>(weights[n][i], unit, i % 2 == 0 ? levels.x : levels.y);
+        }
     }
-    if (edge) hide_queries(call, reader, block, columns, weights);
+    if (edge) hide_queries(call, reader, block, queries.start, weights);
 }
 
 // Weights after dropout.
@@ -214,7 +251,7 @@ __device__ inline void kept_weights(const Call& call, const float (&weights)[N][
             if constexpr (kOptions) {
                 if (call.seed != nullptr) {
                     const bool is_kept = parts.kept[4 * n / 32] >> ((4 * n + i) % 32) & 1;
-                    kept[n][i] = is_kept ? weights[n][i] * parts.inverse : 0;
+                    kept[n][i] = is_kept ? weights[n][i] * call.inverse_share : 0;
                 }
             }
         }
@@ -222,24 +259,23 @@ __device__ inline void kept_weights(const Call& call, const float (&weights)[N][
 }
 
 // dsᵀ from v·doᵀ; scaled where the sums are stored.
-template <int N, bool kOptions>
+template <int N, bool kOptions, typename Columns>
 __device__ inline void score_gradients(const Call& call, const float (&weights)[N][4],
-                                       const float (&dp)[N][4], const QueryColumns& columns,
+                                       const float (&dp)[N][4], const Columns& queries,
                                        const ScoreParts<N, kOptions>& parts, float (&ds)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-        const uint2 pair = load_shared_8(columns.deltas + 8 * n + lane_column());
-        const float deltas[2] = {as_float(pair.x), as_float(pair.y)};
+        const float2 deltas = queries.deltas(n);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float value = dp[n][i];
             if constexpr (kOptions) {
                 if (call.seed != nullptr) {
                     const bool is_kept = parts.kept[4 * n / 32] >> ((4 * n + i) % 32) & 1;
-                    value = is_kept ? value * parts.inverse : 0;
+                    value = is_kept ? value * call.inverse_share : 0;
                 }
             }
-            ds[n][i] = weights[n][i] * (value - deltas[i % 2]);
+            ds[n][i] = weights[n][i] * (value - (i % 2 == 0 ? deltas.x : deltas.y));
             if constexpr (kOptions) {
                 if (call.softcap != 0) ds[n][i] *= parts.slopes[n][i];
             }
@@ -252,30 +288,25 @@ template <typename T, int D>
 __device__ inline void store_gradients(const Call& call, const KeyBlock& block, const Tokens& target,
                                        float* parts, int64_t part_offset, int64_t unit, int kv_head,
                                        bool is_float32, const float (&sums)[1][D / 8][4], float factor) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int key = block.first + warp() * 16 + 8 * half + lane_row();
-        if (key >= block.size) continue;
+    using S = Storage<T>;
+    for_each_gradient_row<T, 1, D>(sums, [&](int of_warp, const auto& columns) {
+        const int key = block.first + warp() * 16 + of_warp;
+        if (key >= block.size) return;
         const bool present = key < block.valid && !block.mask.hides(key);
         const int64_t place = unit * target.unit + kv_head * target.head + (block.token + key) * target.token;
-        const float scale = present ? factor : 0;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-            if (8 * n >= call.head_dim) break;
-            const float first = present ? sums[0][n][2 * half] * scale : 0;
-            const float second = present ? sums[0][n][2 * half + 1] * scale : 0;
-            const int column = 8 * n + lane_column();
-            if (parts != nullptr) {
-                store_pair<float>(reinterpret_cast<char*>(parts + part_offset + place), column, first,
-                                  second);
-            } else if (is_float32) {
-                store_pair<float>(static_cast<char*>(target.data) + place * 4, column, first, second);
+        char* const row = parts != nullptr
+                              ? reinterpret_cast<char*>(parts + part_offset + place)
+                              : static_cast<char*>(target.data) + place * (is_float32 ? 4 : int{sizeof(S)});
+        columns([&](int column, auto values) {
+            if (column >= call.head_dim) return;
+            values = present ? scaled(values, factor) : decltype(values){};
+            if (parts != nullptr || is_float32) {
+                store_columns<float>(row, column, values);
             } else {
-                store_pair<T>(static_cast<char*>(target.data) + place * int{sizeof(Storage<T>)}, column,
-                              first, second);
+                store_columns<S>(row, column, values);
             }
-        }
-    }
+        });
+    });
 }
 
 }  // namespace prefix_fast::cuda

@@ -37,19 +37,18 @@ struct TileCopy {
     static_assert(kThreads % kLanes == 0 && (kRows % kStep == 0 || kRows < kStep));
 
     const char* data;  // this thread's chunk of row 0
-    int64_t stride;    // bytes
+    int64_t stride;    // elements
     int count;         // rows that exist; none of a thread whose chunk is past the head dim
 
     __device__ TileCopy(const char* run, int64_t token_stride, int rows, int head_dim, bool is_float32) {
-        const int64_t bytes = kIsHalf<T> && is_float32 ? 4 : sizeof(S);
-        data = run + column() * bytes;
-        stride = token_stride * bytes;
+        data = run + column() * (kIsHalf<T> && is_float32 ? 4 : int{sizeof(S)});
+        stride = token_stride;
         count = column() < head_dim ? rows : 0;
     }
 
     // Rows [start, start + kRows) in the tile's own type, zeros where they do not exist or are hidden.
     __device__ void load(S* tile, int start, const KeyMask& mask) const {
-        each_row(tile, start, mask,
+        each_row(tile, start, sizeof(S), mask,
                  [](S* to, const char* from, bool valid) { cp_async_16(to, from, valid); });
     }
     __device__ void load(S* tile, int start) const { load(tile, start, KeyMask{nullptr, 0}); }
@@ -57,7 +56,7 @@ struct TileCopy {
     // The same of float32 rows beside tiles of half precision: rounded, and there when this returns.
     __device__ void load_rounded(S* tile, int start, const KeyMask& mask) const {
         if constexpr (kIsHalf<T>) {
-            each_row(tile, start, mask, [](S* to, const char* from, bool valid) {
+            each_row(tile, start, 4, mask, [](S* to, const char* from, bool valid) {
                 store_shared_16(to, valid ? rounded_chunk(from) : uint4{0, 0, 0, 0});
             });
         }
@@ -66,7 +65,7 @@ struct TileCopy {
     // Once the copies of this thread have arrived: rounds the chunks of it to what products read.
     __device__ void arrived(S* tile) const {
         if constexpr (std::is_same_v<T, Tf32>) {
-            each_row(tile, 0, KeyMask{nullptr, 0}, [](S* at, const char*, bool) {
+            each_row(tile, 0, sizeof(S), KeyMask{nullptr, 0}, [](S* at, const char*, bool) {
                 store_shared_16(at, factors_of<T>(load_shared_16(at)));
             });
         }
@@ -85,16 +84,16 @@ struct TileCopy {
     __device__ static int column() { return threadIdx.x % kLanes * kChunk<T>; }
 
     template <typename Copy>
-    __device__ void each_row(S* tile, int start, const KeyMask& mask, const Copy& copy) const {
+    __device__ void each_row(S* tile, int start, int bytes, const KeyMask& mask, const Copy& copy) const {
         const int place = threadIdx.x / kLanes, first = start + place;
         if (kLanes > kChunks && column() >= D) return;
         if (kRows < kStep && place >= kRows) return;
-        const char* from = data + first * stride;
+        const char* from = data + static_cast<uint32_t>(first) * stride * bytes;
         S* to = tile + place * kPitch<T, D> + column();
 #pragma unroll
         for (int row = 0; row < kRows; row += kStep) {
             copy(to + row * kPitch<T, D>, from, first + row < count && !mask.hides(first + row));
-            from += kStep * stride;
+            from += kStep * bytes * stride;
         }
     }
 

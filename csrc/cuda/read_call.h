@@ -120,10 +120,11 @@ inline void read_numbers(py::handle source, Call& call) {
     call.softcap = softcap.is_none() ? 0 : softcap.cast<float>();
     call.scale = get(source, n.scale).cast<float>();
     const double rate = get(source, n.dropout_p).cast<double>();
-    call.kept_share = 1;
+    call.kept_share = call.inverse_share = 1;
     if (rate > 0) {
         call.threshold = static_cast<uint32_t>(rate * 4294967296.0);  // rate < 1
         call.kept_share = static_cast<float>(1.0 - rate);
+        call.inverse_share = static_cast<float>(1 / (1.0 - rate));
         call.seed = reinterpret_cast<const uint64_t*>(describe(get(source, n.dropout_seed)).data);
     }
 }

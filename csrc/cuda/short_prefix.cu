@@ -27,20 +27,17 @@ struct ShortShape {
     static constexpr int D = kD, M = 1, kWarps = 4, kThreads = kWarps * kWarp;
     static constexpr int kQueries = 16 * kWarps, kSegment = kShortKeys, kKeys = kOwnKeys, kStages = 2;
     static constexpr int kTileElements = kKeys * kPitch<T, D>;
-    static constexpr int kPipelineBytes = 2 * kStages * kTileElements * int{sizeof(S)};
+    static constexpr int kStageBytes = 2 * kTileElements * int{sizeof(S)};
+    static constexpr int kPipelineBytes = kStages * kStageBytes;
     static constexpr int kRowElements = kQueries * kPitch<T, D>;  // of queries, gradients, keys, values
     static constexpr int kGradientPitch = kQueries + kChunk<T>;   // of dsᵀ
-    static constexpr int kLevelBytes = 2 * kQueries * int{sizeof(float)};
     static constexpr int kSharedBytes =
-        kPipelineBytes + (4 * kRowElements + kSegment * kGradientPitch) * int{sizeof(S)} + kLevelBytes;
+        kPipelineBytes + (4 * kRowElements + kSegment * kGradientPitch) * int{sizeof(S)};
     static_assert(kSegment == kQueries);
 
     __device__ static int first_row() { return warp() * 16; }
     __device__ static S* rows(int index) {  // queries, gradients, keys, values, dsᵀ
         return reinterpret_cast<S*>(dynamic_shared + kPipelineBytes) + index * kRowElements;
-    }
-    __device__ static float* levels() {
-        return reinterpret_cast<float*>(dynamic_shared + kSharedBytes - kLevelBytes);
     }
 };
 
@@ -59,11 +56,9 @@ __device__ inline void load_tile_of_reader(const Call& call, const Saved& saved,
         copy.load(Shape::rows(i), tile.first);
     }
     const int64_t scratch = head * saved.capacity + scratch_start(call, tile.row) + tile.first;
-    for (int i = threadIdx.x; i < 2 * Shape::kQueries; i += Shape::kThreads) {
-        const bool is_delta = i >= Shape::kQueries;
-        const float* from = is_delta ? saved.deltas + i - Shape::kQueries : saved.levels + i;
-        cp_async_4(Shape::levels() + i, from + scratch, true);
-    }
+    const LevelCopy<T, Shape::D, Shape::kQueries, Shape::kThreads> levels{saved.levels + scratch,
+                                                                          saved.deltas + scratch};
+    levels.load(Shape::rows(0), 0);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -76,18 +71,18 @@ __device__ inline void add_segment(const Call& call, const ReaderPosition& reade
                                    float (&dv)[1][Shape::D / 8][4], float (&dq)[1][Shape::D / 8][4]) {
     using T = typename Shape::T;
     constexpr int N = Shape::kQueries / 8, D = Shape::D;
-    const auto *queries = Shape::rows(0), *grads = Shape::rows(1);
-    const QueryColumns columns{start, Shape::levels(), Shape::levels() + Shape::kQueries};
+    const QueryColumns<T, D> queries{start, Shape::rows(0)};
+    const auto* grads = Shape::rows(1);
     const typename Shape::Keys keys{Shape::rows(2) + Shape::first_row() * kPitch<T, D>};
     const typename Shape::Keys values{Shape::rows(3) + Shape::first_row() * kPitch<T, D>};
     ScoreParts<N, false> parts;
     float weights[1][N][4], dp[N][4], ds[1][N][4];
-    key_weights<Shape, false>(call, reader, block, columns, block.slides, keys, queries, weights[0], parts);
-    if (block.want_value) multiply_weights<T, 1, N, D>(dv, weights, grads);
+    key_weights<Shape, false>(call, reader, block, queries, block.slides, keys, weights[0], parts);
+    add_gradients<T, 1, N, D>(dv, weights, grads);
     fill_zero_tile(dp);
     multiply_rows_of<T, N, D>(dp, values, grads);
-    score_gradients(call, weights[0], dp, columns, parts, ds[0]);
-    if (block.want_key) multiply_weights<T, 1, N, D>(dk, ds, queries);
+    score_gradients(call, weights[0], dp, queries, parts, ds[0]);
+    add_gradients<T, 1, N, D>(dk, ds, queries.rows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int key = Shape::first_row() + 8 * half + lane_row();
@@ -95,8 +90,8 @@ __device__ inline void add_segment(const Call& call, const ReaderPosition& reade
         auto* row = reinterpret_cast<char*>(Shape::rows(4) + key * Shape::kGradientPitch);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            store_pair<T>(row, 8 * n + lane_column(), present ? ds[0][n][2 * half] : 0,
-                          present ? ds[0][n][2 * half + 1] : 0);
+            const float2 pair{ds[0][n][2 * half], ds[0][n][2 * half + 1]};
+            store_columns<T>(row, 8 * n + lane_column(), present ? pair : float2{0, 0});
         }
     }
     __syncthreads();
@@ -126,8 +121,7 @@ __global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThrea
                    {nullptr, 0},
                    false,
                    slides(call, 0),
-                   grads.key.data != nullptr,
-                   grads.value.data != nullptr};
+                   nullptr};
     const Chain chain = chain_of(set, segment, kv_head, 0, sizeof(S));
     using Copy = TileCopy<T, Shape::kSegment, D, Shape::kThreads>;
     const Copy keys(chain.key, set.key.token, block.valid, call.head_dim, set.is_float32);
@@ -159,14 +153,14 @@ __global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThrea
         fill_zero(dq);
         if (block.valid > 0) {
             const int begin = block.slides ? -windowed_length(call, row, 0) : 0;
-            add_segment<Shape>(call, {row, head, offset, begin}, block, first, dk, dv, dq);
+            add_segment<Shape>(call, {row, head, offset, begin, call.max_queries}, block, first, dk, dv, dq);
         }
         RowLevels<1> levels;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int place = Shape::first_row() + 8 * half + lane_row();
-            levels.level[0][half] = Shape::levels()[place];
-            levels.delta[0][half] = Shape::levels()[Shape::kQueries + place];
+            levels.level[0][half] = *QueryColumns<T, D>::level_of(Shape::rows(0), place);
+            levels.delta[0][half] = *QueryColumns<T, D>::delta_of(Shape::rows(0), place);
         }
         const Rows<1> rows = rows_of<Shape>(tile, head, offset);
         const typename Shape::Queries queries{Shape::rows(0) + Shape::first_row() * kPitch<T, D>};
@@ -179,21 +173,19 @@ __global__ void __launch_bounds__(Shape::kThreads, resident_blocks(Shape::kThrea
             key_tile.start = start;
             descend_tile<Shape, false>(call, queries, output_grads, rows, levels, key_tile, edge, keys, dq);
         });
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int place = Shape::first_row() + 8 * half + lane_row();
-            if (first + place > last) continue;
-            char* to =
-                static_cast<char*>(target.data) + offset_bytes(target, row, head, first + place, sizeof(S));
-            store_row<T, D>(to, call.head_dim, dq[0], half, call.scale);
-        }
+        for_each_gradient_row<T, 1, D>(dq, [&](int of_warp, const auto& columns) {
+            const int place = first + Shape::first_row() + of_warp;
+            if (place > last) return;
+            char* to = static_cast<char*>(target.data) + offset_bytes(target, row, head, place, sizeof(S));
+            store_row<S>(to, call.head_dim, call.scale, columns);
+        });
     }
     cp_async_wait<0>();  // a block without a tile has not waited for its segment
-    if (block.want_key) {
+    if (grads.key.data != nullptr) {
         store_gradients<T, D>(call, block, grads.key, grads.key_parts, split * grads.key_part, segment,
                               kv_head, set.is_float32, dk, call.scale);
     }
-    if (block.want_value) {
+    if (grads.value.data != nullptr) {
         store_gradients<T, D>(call, block, grads.value, grads.value_parts, split * grads.value_part, segment,
                               kv_head, set.is_float32, dv, 1);
     }

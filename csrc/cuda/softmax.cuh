@@ -13,7 +13,7 @@
 #include <cstdint>
 
 #include "segments.cuh"
-#include "tiles.cuh"
+#include "sums.cuh"
 
 namespace prefix_fast::cuda {
 
@@ -54,7 +54,7 @@ __device__ inline float tanh_of(float x) {
     near = near * z + 1.33314422036e-1f;
     near = near * z - 3.33332819422e-1f;
     near = near * z * x + x;
-    const float far = 1 - 2 / (exp2_approx(2 * kLog2e * magnitude) + 1);
+    const float far = 1 - __fdividef(2, exp2_approx(2 * kLog2e * magnitude) + 1);
     return magnitude < 0.625f ? near : copysignf(far, x);
 }
 
@@ -99,29 +99,55 @@ __device__ inline void apply_scale(float (&scores)[N][4], float scale) {
     }
 }
 
+// An element of a bias of kBytes, float32 or one of the two halves.
+template <int kBytes_>
+struct BiasElement {
+    static constexpr int kBytes = kBytes_;
+    bool is_bfloat16;
+
+    __device__ float operator()(const char* at) const {
+        if constexpr (kBytes == 4) return *reinterpret_cast<const float*>(at);
+        const __half value = *reinterpret_cast<const __half*>(at);
+        return is_bfloat16 ? as_float(uint32_t{__half_as_ushort(value)} << 16) : __half2float(value);
+    }
+};
+
+// use(element): the size is asked for once, so that loads can overlap.
+template <typename Use>
+__device__ inline void with_bias(const Bias& bias, const Use& use) {
+    if (bias.dtype == kFloat32) {
+        use(BiasElement<4>{false});
+    } else {
+        use(BiasElement<2>{bias.dtype == kBFloat16});
+    }
+}
+
 // Adds the bias of rows of queries and columns of keys. Keys past the last have none.
 template <int M, int N>
 __device__ inline void add_bias(float (&scores)[M][N][4], const Bias& bias, const Rows<M>& rows,
                                 const KeyTile& tile) {
+    with_bias(bias, [&](const auto& element) {
+        const int first = tile.start + lane_column();
+        const int64_t step = bias.key * element.kBytes;
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+        for (int m = 0; m < M; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int64_t base = rows.row[m][half] * bias.row + rows.head[m][half] * bias.head +
-                                 rows.token[m][half] * bias.query;
+            for (int half = 0; half < 2; ++half) {
+                const char* at = static_cast<const char*>(bias.data) + first * step +
+                                 (rows.row[m][half] * bias.row + rows.head[m][half] * bias.head +
+                                  rows.token[m][half] * bias.query) *
+                                     element.kBytes;
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+                for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int key = tile.start + 8 * n + lane_column() + c;
-                    if (key < tile.valid) {
-                        scores[m][n][2 * half + c] +=
-                            read_float(bias.data, base + key * bias.key, bias.dtype);
+                    for (int c = 0; c < 2; ++c) {
+                        if (first + 8 * n + c < tile.valid) scores[m][n][2 * half + c] += element(at);
+                        at += (c == 0 ? 1 : 7) * step;
                     }
                 }
             }
         }
-    }
+    });
 }
 
 // Logits of a tile, in place. Returns nothing of the softcap's slope, which only the backward pass needs.

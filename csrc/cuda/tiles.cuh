@@ -1,12 +1,12 @@
-// Tiles of rows in shared memory, and the two matrix products that all kernels are made of.
+// Tiles of rows in shared memory, and the first of the two matrix products that all kernels are made of.
 //
 //     scores[i][j] += Σ_d left[i][d] right[j][d]       multiply_transposed: q·kᵀ, do·vᵀ; k·qᵀ, v·doᵀ
-//     sums[i][d] += Σ_j weights[i][j] right[j][d]      multiply_weights: p·v, ds·k; pᵀ·do, dsᵀ·q
+//     sums[i][d] += Σ_j weights[i][j] right[j][d]      multiply_weights: p·v, ds·k; pᵀ·do, dsᵀ·q (sums.cuh)
 //
-// A warp computes 16 M rows. Its sums are float32 in the layout of mma.m16n8k16's accumulators, whatever
+// A warp computes 16 M rows. Its scores are float32 in the layout of mma.m16n8k16's accumulators, whatever
 // computes them: lane 4 g + t has, of every 16 × 8 block, columns 2t and 2t+1 of the rows g and g + 8.
-// Weights are such sums, so they never leave registers. Rows of `right` lie in shared memory, an odd number
-// of 16-byte chunks apart: eight successive rows, and eight chunks of one row, are in different banks.
+// Rows lie in shared memory an odd number of 16-byte chunks apart: eight successive rows, and eight chunks of
+// one row, are in different banks.
 #pragma once
 
 #include <cstdint>
@@ -119,17 +119,29 @@ __device__ inline void fill_zero(float (&sums)[M][N][4]) {
     }
 }
 
-// Σ over four elements for the four sums of a lane, rows a0 and a1 against rows b0 and b1.
-__device__ inline void add_products(float (&sum)[4], float4 a0, float4 a1, float4 b0, float4 b1) {
-    sum[0] += a0.x * b0.x, sum[1] += a0.x * b1.x, sum[2] += a1.x * b0.x, sum[3] += a1.x * b1.x;
-    sum[0] += a0.y * b0.y, sum[1] += a0.y * b1.y, sum[2] += a1.y * b0.y, sum[3] += a1.y * b1.y;
-    sum[0] += a0.z * b0.z, sum[1] += a0.z * b1.z, sum[2] += a1.z * b0.z, sum[3] += a1.z * b1.z;
-    sum[0] += a0.w * b0.w, sum[1] += a0.w * b1.w, sum[2] += a1.w * b0.w, sum[3] += a1.w * b1.w;
+// 16 bytes of shared memory.
+template <typename Element>
+struct Four {
+    Element at[4];
+};
+template <typename Element>
+__device__ inline Four<Element> load_shared_four(const float* from) {
+    const uint4 bits = load_shared_16(from);
+    if constexpr (std::is_same_v<Element, float>) {
+        return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
+    } else {
+        return {bits.x, bits.y, bits.z, bits.w};
+    }
 }
 
-__device__ inline float4 load_shared_float4(const float* from) {
-    const uint4 bits = load_shared_16(from);
-    return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
+// Σ over four elements for the four sums of a lane, rows a0 and a1 against rows b0 and b1.
+__device__ inline void add_products(float (&sum)[4], const Four<float>& a0, const Four<float>& a1,
+                                    const Four<float>& b0, const Four<float>& b1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[0] += a0.at[i] * b0.at[i], sum[1] += a0.at[i] * b1.at[i];
+        sum[2] += a1.at[i] * b0.at[i], sum[3] += a1.at[i] * b1.at[i];
+    }
 }
 
 // sums += a · b of 16 columns in half precision, of 8 in tf32: 32 bytes of a row.
@@ -169,153 +181,22 @@ __device__ inline void multiply_transposed(float (&scores)[M][N][4], const Left&
         }
     } else {
         const float* base = right + lane_column() * kStride;
-#pragma unroll 1
+#pragma unroll(N == 1 ? 2 : 1)
         for (int k = 0; k < D; k += 4) {
-            float4 a[M][2];
+            Four<float> a[M][2];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                a[m][0] = load_shared_float4(left.row(m, 0) + k);
-                a[m][1] = load_shared_float4(left.row(m, 1) + k);
+                a[m][0] = load_shared_four<float>(left.row(m, 0) + k);
+                a[m][1] = load_shared_four<float>(left.row(m, 1) + k);
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const float4 b0 = load_shared_float4(base + n * 8 * kStride + k);
-                const float4 b1 = load_shared_float4(base + (n * 8 + 1) * kStride + k);
+                const Four<float> b0 = load_shared_four<float>(base + n * 8 * kStride + k);
+                const Four<float> b1 = load_shared_four<float>(base + (n * 8 + 1) * kStride + k);
 #pragma unroll
                 for (int m = 0; m < M; ++m) add_products(scores[m][n], a[m][0], a[m][1], b0, b1);
             }
         }
-    }
-}
-
-// sums += weights · right, right's rows 0 to 8 K - 1. The weights are rounded to T.
-template <typename T, int M, int K, int D>
-__device__ inline void multiply_weights(float (&sums)[M][D / 8][4], const float (&weights)[M][K][4],
-                                        const Storage<T>* right) {
-    constexpr int kStride = kPitch<T, D>;
-    if constexpr (kIsHalf<T>) {
-        static_assert(K % 2 == 0 && D % 16 == 0);
-        const Storage<T>* base = right + lane() % 16 * kStride + lane() / 16 * 8;
-#pragma unroll
-        for (int k = 0; k < K; k += 2) {
-            uint32_t a[M][4];
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float (&w)[4] = weights[m][k + i / 2];
-                    a[m][i] = packed<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < D / 8; n += 2) {
-                uint32_t b[4];
-                ldmatrix_x4_trans(b, base + k * 8 * kStride + n * 8);
-#pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    mma_m16n8k16<T>(sums[m][n], a[m], {b[0], b[1]});
-                    mma_m16n8k16<T>(sums[m][n + 1], a[m], {b[2], b[3]});
-                }
-            }
-        }
-    } else if constexpr (std::is_same_v<T, Tf32>) {
-        // The order of a product's eight terms is free: slots t and t + 4 are columns 2t and 2t + 1, as the
-        // sums lie.
-        const float* base = right + lane_column() * kStride + lane_row();
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-            uint32_t a[M][4];
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) a[m][i] = to_tf32(weights[m][k][i % 2 * 2 + i / 2]);
-            }
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                const float* place = base + k * 8 * kStride + n * 8;
-                const uint32_t b[2] = {__float_as_uint(place[0]), __float_as_uint(place[kStride])};
-#pragma unroll
-                for (int m = 0; m < M; ++m) mma_m16n8k8_tf32(sums[m][n], a[m], b);
-            }
-        }
-    } else {
-        const float* base = right + lane_column();
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {  // column j of the block is with lane j / 2 of the four
-                float a[M][2];
-#pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    a[m][0] = __shfl_sync(0xFFFFFFFFu, weights[m][k][j % 2], j / 2, 4);
-                    a[m][1] = __shfl_sync(0xFFFFFFFFu, weights[m][k][j % 2 + 2], j / 2, 4);
-                }
-#pragma unroll
-                for (int n = 0; n < D / 8; ++n) {
-                    const uint2 bits = load_shared_8(base + (k * 8 + j) * kStride + n * 8);
-                    const float b0 = as_float(bits.x), b1 = as_float(bits.y);
-#pragma unroll
-                    for (int m = 0; m < M; ++m) {
-                        sums[m][n][0] += a[m][0] * b0, sums[m][n][1] += a[m][0] * b1;
-                        sums[m][n][2] += a[m][1] * b0, sums[m][n][3] += a[m][1] * b1;
-                    }
-                }
-            }
-        }
-    }
-}
-
-// One element of a row, by the tensor's dtype (call.h).
-__device__ inline void write_float(char* row, int column, float value, int64_t dtype) {
-    if (dtype == kFloat32) {
-        reinterpret_cast<float*>(row)[column] = value;
-    } else if (dtype == kBFloat16) {
-        reinterpret_cast<__nv_bfloat16*>(row)[column] = __float2bfloat16(value);
-    } else {
-        reinterpret_cast<__half*>(row)[column] = __float2half(value);
-    }
-}
-
-// sums += leftᵀ · right, left's rows 0 to 8 K - 1 in shared memory, kLeftPitch apart, its columns this warp's
-// 16 rows.
-template <typename T, int K, int D, int kLeftPitch>
-__device__ inline void multiply_stored(float (&sums)[D / 8][4], const Storage<T>* left,
-                                       const Storage<T>* right) {
-    static_assert(kIsHalf<T> && K % 2 == 0);
-    const Storage<T>* row = left + (lane() % 8 + lane() / 16 * 8) * kLeftPitch + lane() / 8 % 2 * 8;
-    const Storage<T>* base = right + lane() % 16 * kPitch<T, D> + lane() / 16 * 8;
-#pragma unroll
-    for (int k = 0; k < K; k += 2) {
-        uint32_t a[4];
-        ldmatrix_x4_trans(a, row + k * 8 * kLeftPitch);
-#pragma unroll
-        for (int n = 0; n < D / 8; n += 2) {
-            uint32_t b[4];
-            ldmatrix_x4_trans(b, base + k * 8 * kPitch<T, D> + n * 8);
-            mma_m16n8k16<T>(sums[n], a, {b[0], b[1]});
-            mma_m16n8k16<T>(sums[n + 1], a, {b[2], b[3]});
-        }
-    }
-}
-
-// Two neighbouring columns of a row, rounded to the tensor's type.
-template <typename T>
-__device__ inline void store_pair(char* row, int column, float first, float second) {
-    if constexpr (kIsHalf<T>) {
-        *reinterpret_cast<uint32_t*>(row + column * 2) = packed<T>(first, second);
-    } else {
-        store_global_8(row + column * 4, uint2{__float_as_uint(first), __float_as_uint(second)});
-    }
-}
-
-// One row of a warp's sums times a factor, of rows g + 8 half.
-template <typename T, int D>
-__device__ inline void store_row(char* row, int head_dim, const float (&sums)[D / 8][4], int half,
-                                 float factor) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-        if (8 * n >= head_dim) break;
-        store_pair<T>(row, 8 * n + lane_column(), sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
     }
 }
 

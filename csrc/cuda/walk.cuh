@@ -12,7 +12,8 @@ namespace prefix_fast::cuda {
 // The tiles of kKeys keys of a run [low, high), those first in which every query sees every key.
 template <int kKeys>
 struct TileList {
-    int first_full, full, first_before, before, first_after, after;
+    int full, without_after, all;  // tiles: whole ones; with those before them; with those behind them
+    int bases[3];                  // where each of the three runs would begin if it began with tile 0
 
     // `begin` and `end` cut the run: multiples of kKeys, or beyond it. `masked`: no tile is known to be seen
     // whole.
@@ -22,34 +23,37 @@ struct TileList {
         int full_high = maximum(minimum(bounds.full_high, high / kKeys * kKeys), full_low);
         if (masked) full_high = full_low;
         TileList list;
-        list.first_full = full_low;
         list.full = (full_high - full_low) / kKeys;
-        list.first_before = low;
-        list.before = ceil_div(maximum(minimum(full_low, high) - low, 0), kKeys);
-        list.first_after = full_high;
-        list.after = ceil_div(maximum(high - full_high, 0), kKeys);
+        list.without_after = list.full + ceil_div(maximum(minimum(full_low, high) - low, 0), kKeys);
+        list.all = list.without_after + ceil_div(maximum(high - full_high, 0), kKeys);
+        list.bases[0] = full_low;
+        list.bases[1] = low - list.full * kKeys;
+        list.bases[2] = full_high - list.without_after * kKeys;
         return list;
     }
-    __device__ int count() const { return full + before + after; }
     __device__ int start(int index) const {
-        if (index < full) return first_full + index * kKeys;
-        index -= full;
-        return index < before ? first_before + index * kKeys : first_after + (index - before) * kKeys;
+        return index * kKeys + (index < full ? bases[0] : index < without_after ? bases[1] : bases[2]);
     }
 };
 
 // Calls use(start, stage, edge) for every tile of a list, kStages - 1 tiles behind copies.load(start, stage,
-// simple); copies.arrived(stage) is between them, before a barrier.
+// simple); copies.arrived(stage) is between them, before a barrier. A stage is its offset in shared memory.
 //
 // With kTwoLoops the tiles without an edge have a loop of their own if the loads are simple, in which both
 // are constants.
 template <int kStages, bool kTwoLoops, typename List, typename Simple, typename Copies, typename Use>
 __device__ inline void pipeline(const List& list, Simple simple, const Copies& copies, const Use& use) {
-    const int count = list.count();
+    constexpr int kBytes = Copies::kStageBytes, kLast = (kStages - 1) * kBytes;
+    const auto before = [](int stage) {
+        return kStages == 2 ? kBytes - stage : stage == 0 ? kLast : stage - kBytes;
+    };
+    const auto behind = [](int stage) {
+        return kStages == 2 ? kBytes - stage : stage == kLast ? 0 : stage + kBytes;
+    };
     __syncthreads();
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-        if (stage < count) copies.load(list.start(stage), stage, simple);
+    for (int i = 0; i < kStages - 1; ++i) {
+        if (i < list.all) copies.load(list.start(i), i * kBytes, simple);
         cp_async_commit();
     }
     int stage = 0;
@@ -58,10 +62,10 @@ __device__ inline void pipeline(const List& list, Simple simple, const Copies& c
         copies.arrived(stage);
         __syncthreads();
         const int next = index + kStages - 1;
-        if (next < count) copies.load(list.start(next), stage == 0 ? kStages - 1 : stage - 1, is_simple);
+        if (next < list.all) copies.load(list.start(next), before(stage), is_simple);
         cp_async_commit();
         use(list.start(index), stage, edge);
-        stage = stage == kStages - 1 ? 0 : stage + 1;
+        stage = behind(stage);
     };
     int index = 0;
     if constexpr (kTwoLoops) {
@@ -70,9 +74,27 @@ __device__ inline void pipeline(const List& list, Simple simple, const Copies& c
         for (; index < full; ++index) step(index, Constant<true>{}, Constant<false>{});
     }
 #pragma unroll 1
-    for (; index < count; ++index) step(index, simple, index >= list.full);
+    for (; index < list.all; ++index) step(index, simple, index >= list.full);
     cp_async_wait<0>();
 }
+
+// How this thread copies two runs of rows to the stages of a pipeline: keys and values, or queries and the
+// output's gradients. A tile of the second lies behind that of the first.
+template <typename Shape, int kRows>
+struct PairCopy {
+    using T = typename Shape::T;
+    using S = typename Shape::S;
+    static constexpr int kStageBytes = Shape::kStageBytes;
+    TileCopy<T, kRows, Shape::D, Shape::kThreads> first, second;
+
+    __device__ static S* tile(int stage) { return reinterpret_cast<S*>(dynamic_shared + stage); }
+    __device__ static S* second_tile(int stage) { return tile(stage) + Shape::kTileElements; }
+
+    __device__ void arrived(int stage) const {
+        first.arrived(tile(stage));
+        second.arrived(second_tile(stage));
+    }
+};
 
 // Sizes of a forward kernel: kWarps / kKeyWarps warps have 16 M rows of queries each, and kKeyWarps share
 // their keys; kKeys keys are in a tile, kStages tiles in shared memory.
@@ -88,7 +110,8 @@ struct ForwardShape {
     static constexpr int kQueries = kRowsOfWarp * kWarps / kKeyWarps;
     static constexpr bool kInRegisters = kIsHalf<T> && D <= kMostInRegisters;  // the queries
     static constexpr int kTileElements = kKeys * kPitch<T, D>;
-    static constexpr int kPipelineBytes = 2 * kStages * kTileElements * int{sizeof(S)};
+    static constexpr int kStageBytes = 2 * kTileElements * int{sizeof(S)};
+    static constexpr int kPipelineBytes = kStages * kStageBytes;
     static constexpr int kQueryBytes = kInRegisters ? 0 : kQueries * kPitch<T, D> * int{sizeof(S)};
     static constexpr int kSharedBytes = kPipelineBytes + kQueryBytes;
     using Queries = std::conditional_t<kInRegisters, RegisterRows<T, M, D>, SharedRows<T, D>>;
@@ -137,41 +160,32 @@ struct Source {
     int head_dim;
 };
 
-// How this thread copies a run of keys and values to the stages of a pipeline. Values lie kTileElements
-// behind the keys.
+// How this thread copies a run of keys and values.
 template <typename Shape>
-struct ChainCopy {
-    using S = typename Shape::S;
-    TileCopy<typename Shape::T, Shape::kKeys, Shape::D, Shape::kThreads> keys, values;
+struct ChainCopy : PairCopy<Shape, Shape::kKeys> {
+    using Pair = PairCopy<Shape, Shape::kKeys>;
     KeyMask mask;
     bool is_float32;
 
     __device__ explicit ChainCopy(const Source& source)
-        : keys(source.chain.key, source.key_stride, source.chain.valid, source.head_dim, source.is_float32),
-          values(source.chain.value, source.value_stride, source.chain.valid, source.head_dim,
-                 source.is_float32),
+        : Pair{{source.chain.key, source.key_stride, source.chain.valid, source.head_dim, source.is_float32},
+               {source.chain.value, source.value_stride, source.chain.valid, source.head_dim,
+                source.is_float32}},
           mask(source.mask),
           is_float32(source.is_float32) {}
 
-    __device__ static S* tile(int stage) {
-        return reinterpret_cast<S*>(dynamic_shared) + 2 * stage * Shape::kTileElements;
-    }
     __device__ bool is_simple() const { return !is_float32 && mask.data == nullptr; }
 
     template <typename Simple>
     __device__ void load(int start, int stage, Simple simple) const {
-        S* to = tile(stage);
+        auto *keys = Pair::tile(stage), *values = Pair::second_tile(stage);
         if (simple) {
-            keys.load(to, start);
-            values.load(to + Shape::kTileElements, start);
+            Pair::first.load(keys, start);
+            Pair::second.load(values, start);
         } else {
-            keys.load(to, start, mask, is_float32);
-            values.load(to + Shape::kTileElements, start, mask, is_float32);
+            Pair::first.load(keys, start, mask, is_float32);
+            Pair::second.load(values, start, mask, is_float32);
         }
-    }
-    __device__ void arrived(int stage) const {
-        keys.arrived(tile(stage));
-        values.arrived(tile(stage) + Shape::kTileElements);
     }
 };
 

@@ -65,7 +65,6 @@ void mma_f16(float* d, const uint32_t* a, const uint32_t* b);
 void mma_bf16(float* d, const uint32_t* a, const uint32_t* b);
 void mma_tf32(float* d, const uint32_t* a, const uint32_t* b);
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed);
-__attribute__((const)) uint32_t to_tf32(float value);
 __attribute__((const)) uint16_t to_half(float value);
 __attribute__((const)) float from_half(uint16_t bits);
 __attribute__((const)) float exp2_approx(float x);

@@ -135,11 +135,6 @@ void load_matrices(Warp& warp) {
     }
 }
 
-uint32_t to_tf32(float value) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    return value - value != 0 ? bits : (bits + 0x1000u) & 0xffffe000u;
-}
-
 uint16_t to_half(float value) {
     return __builtin_bit_cast(uint16_t, static_cast<_Float16>(value));
 }

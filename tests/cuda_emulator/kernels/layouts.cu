@@ -24,6 +24,11 @@ __global__ void multiply(const uint32_t* a, const uint32_t* b, float* d) {
     for (int i = 0; i < 4; ++i) d[4 * lane + i] = sums[i];
 }
 
+// What tensor cores read of numbers that have been rounded for them.
+__global__ void round_numbers(const float* in, float* out) {
+    out[threadIdx.x] = tf32_of(to_tf32(in[threadIdx.x]));
+}
+
 // Lane l gives the address of row `order[l]` of a tile of rows of `pitch` bytes.
 template <int kMatrices, bool kTransposed>
 __global__ void load(const uint4* rows, const int* order, uint32_t* registers, int pitch) {
@@ -88,6 +93,9 @@ API int multiply_bf16(const uint32_t* a, const uint32_t* b, float* d) {
 }
 API int multiply_tf32(const uint32_t* a, const uint32_t* b, float* d) {
     return PREFIX_FAST_LAUNCH(multiply<float>, 1, 32, 0, nullptr, a, b, d);
+}
+API int round_to_tf32(const float* in, float* out) {
+    return PREFIX_FAST_LAUNCH(round_numbers, 1, 32, 0, nullptr, in, out);
 }
 API int load_matrices(const uint4* rows, const int* order, uint32_t* registers, int64_t matrices,
                       int64_t transposed, int64_t pitch) {
