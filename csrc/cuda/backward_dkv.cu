@@ -67,7 +67,7 @@ __device__ inline KeyBounds query_bounds(int first_key, int last_key, int begin,
 struct Reader {
     ReaderPosition position;
     const char *query, *grad;  // at query 0
-    const float* levels;
+    const float* levels;       // δ stands at the same place of its own scratch
 };
 
 // How this thread copies them to a stage of the pipeline: queries, gradients, lse and δ.
@@ -136,7 +136,7 @@ __device__ inline KeyBlock key_block(const Call& call, const KeyGradients& grads
     block.mask = {own && call.key_mask != nullptr ? call.key_mask + unit * call.mask_unit : nullptr,
                   call.mask_token};
     block.causal = own && call.causal;
-    block.slides = call.has_window && (own || set.in_window);
+    block.slides = slides(call, set, own);
     block.bias = &set.bias;
     return block;
 }

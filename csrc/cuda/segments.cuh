@@ -103,8 +103,11 @@ __device__ inline int windowed_length(const Call& call, int row, int from) {
 }
 
 // Whether keys of the set can leave the window.
+__device__ inline bool slides(const Call& call, const SegmentSet& set, bool own) {
+    return call.has_window && (own || set.in_window);
+}
 __device__ inline bool slides(const Call& call, int set) {
-    return call.has_window && (set == call.num_sets || call.sets[set].in_window);
+    return slides(call, call.sets[set], set == call.num_sets);
 }
 
 // Bytes from the start of a tensor to a token of one head.

@@ -73,9 +73,7 @@ __device__ inline float exponential(float score, float unit, float level) {
     return exp2_approx(fmaf(score, unit, -level));
 }
 
-// Natural logits from products, in place: scale, softcap and bias. `slope`, if not null, is then the
-// derivative of the softcap, laid out as the scores. With kKeyRows the rows are keys and the columns queries
-// of `rows`' first row.
+// Natural logits from products, in place: scale and softcap, whose derivative is left in `slopes`.
 template <int N>
 __device__ inline void apply_softcap(float (&scores)[N][4], float (&slopes)[N][4], float scale,
                                      float softcap) {

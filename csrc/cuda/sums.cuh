@@ -78,8 +78,8 @@ __device__ inline void multiply_weights(float (&sums)[M][D / 8][4], const float 
 #pragma unroll
                 for (int n = 0; n < D / 8; n += 4) {
                     const float* place = base + (k * 8 + j) * kStride + n * 8;
-                    const Four<float> low = load_shared_four<float>(place);
-                    const Four<float> high = load_shared_four<float>(place + 4);
+                    const Four low = load_shared_four(place);
+                    const Four high = load_shared_four(place + 4);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
 #pragma unroll

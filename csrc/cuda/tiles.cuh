@@ -120,23 +120,17 @@ __device__ inline void fill_zero(float (&sums)[M][N][4]) {
 }
 
 // 16 bytes of shared memory.
-template <typename Element>
 struct Four {
-    Element at[4];
+    float at[4];
 };
-template <typename Element>
-__device__ inline Four<Element> load_shared_four(const float* from) {
+__device__ inline Four load_shared_four(const float* from) {
     const uint4 bits = load_shared_16(from);
-    if constexpr (std::is_same_v<Element, float>) {
-        return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
-    } else {
-        return {bits.x, bits.y, bits.z, bits.w};
-    }
+    return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
 }
 
 // Σ over four elements for the four sums of a lane, rows a0 and a1 against rows b0 and b1.
-__device__ inline void add_products(float (&sum)[4], const Four<float>& a0, const Four<float>& a1,
-                                    const Four<float>& b0, const Four<float>& b1) {
+__device__ inline void add_products(float (&sum)[4], const Four& a0, const Four& a1, const Four& b0,
+                                    const Four& b1) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         sum[0] += a0.at[i] * b0.at[i], sum[1] += a0.at[i] * b1.at[i];
@@ -183,16 +177,16 @@ __device__ inline void multiply_transposed(float (&scores)[M][N][4], const Left&
         const float* base = right + lane_column() * kStride;
 #pragma unroll(N == 1 ? 2 : 1)
         for (int k = 0; k < D; k += 4) {
-            Four<float> a[M][2];
+            Four a[M][2];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                a[m][0] = load_shared_four<float>(left.row(m, 0) + k);
-                a[m][1] = load_shared_four<float>(left.row(m, 1) + k);
+                a[m][0] = load_shared_four(left.row(m, 0) + k);
+                a[m][1] = load_shared_four(left.row(m, 1) + k);
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const Four<float> b0 = load_shared_four<float>(base + n * 8 * kStride + k);
-                const Four<float> b1 = load_shared_four<float>(base + (n * 8 + 1) * kStride + k);
+                const Four b0 = load_shared_four(base + n * 8 * kStride + k);
+                const Four b1 = load_shared_four(base + (n * 8 + 1) * kStride + k);
 #pragma unroll
                 for (int m = 0; m < M; ++m) add_products(scores[m][n], a[m][0], a[m][1], b0, b1);
             }
